@@ -1,0 +1,20 @@
+"""Uncertainty for served language models: vLLM answers, one gradient pass scores."""
+
+from typing import TYPE_CHECKING, Any
+
+from gnuq_serve.policy import Decision, Policy
+from gnuq_serve.uncertainty import Normalized, Signals, Uncertainty
+
+if TYPE_CHECKING:
+    from gnuq_serve.scorer import Sample, Scorer
+
+__all__ = ["Decision", "Normalized", "Policy", "Sample", "Scorer", "Signals", "Uncertainty"]
+
+
+def __getattr__(name: str) -> Any:
+    # The scorer brings torch and transformers: seconds to import, and absent on a client.
+    if name in {"Sample", "Scorer"}:
+        from gnuq_serve import scorer
+
+        return getattr(scorer, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
