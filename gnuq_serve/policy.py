@@ -102,18 +102,14 @@ class Policy:
         else:
             lowest = self.answer if self.escalate is None else self.escalate
             action, reason = self.otherwise, f"{self.signal} {value:.4g} < {lowest:g}"
-        return Decision(
-            action=action, signal=self.signal, value=value, calibration=calibration, reason=reason
-        )
+        return Decision(action=action, signal=self.signal, value=value, calibration=calibration, reason=reason)
 
     def apply(self, uncertainty: Uncertainty) -> Uncertainty:
         """The uncertainty with ``decision`` filled in and ``calibration`` saying what it rests on."""
         decision = self.decide(uncertainty)
         if decision.action is None:
             return uncertainty
-        return dataclasses.replace(
-            uncertainty, decision=decision.action, calibration=decision.calibration
-        )
+        return dataclasses.replace(uncertainty, decision=decision.action, calibration=decision.calibration)
 
     def _value(self, uncertainty: Uncertainty) -> float | None:
         path = self.signal.removeprefix("-")

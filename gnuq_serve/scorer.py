@@ -59,7 +59,7 @@ class Scorer:
         self.max_batch_tokens = max_batch_tokens
         self._coverage = cover(model)
         config: Any = model.config
-        self.vocabulary_size: int = self._coverage.embedding.weight.shape[0]  # type: ignore[assignment]
+        self.vocabulary_size = self._coverage.embedding_weight.shape[0]
         self.context_length: int | None = getattr(config, "max_position_embeddings", None)
         self.fingerprint = fingerprint_of(model, self.mode)
 
@@ -145,8 +145,8 @@ class Scorer:
         total = len(sample.prompt_ids) + len(sample.answer_ids)
         if self.context_length is not None and total > self.context_length:
             return (
-                f"prompt_ids and answer_ids have {total} tokens, over the model's context of {self.context_length}: "
-                "shorten the prompt"
+                f"prompt_ids and answer_ids have {total} tokens, over the model's context of "
+                f"{self.context_length}: shorten the prompt"
             )
         return None
 

@@ -3,8 +3,8 @@
 Knows torch and transformers; knows nothing of serving.
 """
 
-from gnuq_serve.gradnorm.coverage import Coverage, UnsupportedModelError, cover
 from gnuq_serve.gradnorm.backward import PassResult, gradient_pass
+from gnuq_serve.gradnorm.coverage import Coverage, UnsupportedModelError, cover
 from gnuq_serve.gradnorm.registry import register
 
 __all__ = ["Coverage", "PassResult", "UnsupportedModelError", "cover", "gradient_pass", "register"]

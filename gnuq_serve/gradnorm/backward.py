@@ -54,7 +54,7 @@ def gradient_pass(
     Raises:
         RuntimeError: a layer ran twice, or without a batch dimension, so that no rule fits it.
     """
-    device = coverage.embedding.weight.device
+    device = coverage.embedding_weight.device
     # The last answer token is predicted, never read: it needs no position.
     sequences = [[*prompt, *answer][:-1] for prompt, answer in samples]
     length = max(map(len, sequences))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 # Imported for what they register.
 from gnuq_serve.gradnorm import embedding as _embedding  # noqa: F401
@@ -34,6 +34,13 @@ class Coverage:
     embedding: nn.Module
     tied: bool
 
+    @property
+    def embedding_weight(self) -> Tensor:
+        """The embedding's (V, d) matrix."""
+        weight = self.embedding.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
 
 def cover(model: nn.Module) -> Coverage:
     """Find the rule of every module.
@@ -50,7 +57,9 @@ def cover(model: nn.Module) -> Coverage:
     head, embedding = find_head(), find_embedding()
     if head is None or embedding is None:
         missing = "output" if head is None else "input"
-        raise UnsupportedModelError(f"{type(model).__name__} has no {missing} embeddings: not a causal language model?")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no {missing} embeddings: not a causal language model?"
+        )
 
     rules: list[tuple[str, nn.Module, Rule]] = []
     without_rule: list[str] = []
@@ -70,13 +79,17 @@ def cover(model: nn.Module) -> Coverage:
             first_owner = owners.setdefault(id(parameter), name)
             is_tie = tied and module in (head, embedding) and parameter_name == "weight"
             if first_owner != name and not is_tie:
-                raise UnsupportedModelError(f"{name}.{parameter_name} is shared with {first_owner}: no rule for that")
+                raise UnsupportedModelError(
+                    f"{name}.{parameter_name} is shared with {first_owner}: no rule for that"
+                )
         if module is head:
             head_rule = rule
         else:
             rules.append((name, module, rule))
     if without_rule:
-        shown = "; ".join(without_rule[:3]) + (f"; and {len(without_rule) - 3} more" if len(without_rule) > 3 else "")
+        shown = "; ".join(without_rule[:3]) + (
+            f"; and {len(without_rule) - 3} more" if len(without_rule) > 3 else ""
+        )
         raise UnsupportedModelError(
             f"{type(model).__name__}: no gradient-norm rule for {shown}. "
             "Register one for the layer's type with gnuq_serve.gradnorm.register"

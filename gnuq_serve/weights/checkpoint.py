@@ -43,10 +43,12 @@ def load_checkpoint(
     try:
         config = AutoConfig.from_pretrained(path, **source, **dict(config_overrides or {}))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"model={path!r} can't be loaded: no usable config.json there ({_line(error)})") from error
+        raise CheckpointError(
+            f"model={path!r} can't be loaded: no usable config.json there ({_line(error)})"
+        ) from error
     if getattr(config, "quantization_config", None) is not None:
         raise CheckpointError(
-            f"model={path!r} is quantised; its gradient needs plain weights: name an unquantised checkpoint of the model"
+            f"model={path!r} is quantised; its gradient needs plain weights: name an unquantised checkpoint"
         )
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -57,7 +59,9 @@ def load_checkpoint(
     # transformers fills absent tensors with random numbers and only logs it.
     if report["missing_keys"] or report["mismatched_keys"]:
         absent = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
-        raise CheckpointError(f"model={path!r} lacks tensors that its config.json asks for: {', '.join(absent[:3])}")
+        raise CheckpointError(
+            f"model={path!r} lacks tensors that its config.json asks for: {', '.join(absent[:3])}"
+        )
     loaded: nn.Module = model.to(torch_device).eval().requires_grad_(False)
     return loaded
 
@@ -71,7 +75,12 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     if dtype == "auto":
         return None
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or found not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+    if not isinstance(found, torch.dtype) or found not in (
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+    ):
         raise CheckpointError(f"dtype={dtype!r} is unknown; use auto, float16, bfloat16, float32 or float64")
     return found
 
@@ -87,7 +96,9 @@ def parse_device(device: str | torch.device) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise CheckpointError(f"device={str(device)!r} can't be used here ({_line(error)}); use auto or cpu") from error
+        raise CheckpointError(
+            f"device={str(device)!r} can't be used here ({_line(error)}); use auto or cpu"
+        ) from error
 
 
 def check_same_vocabulary(scored: str, served: str, *, trust_remote_code: bool = False) -> None:

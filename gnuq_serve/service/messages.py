@@ -1,0 +1,55 @@
+"""What the server and the scorer process say to each other (msgspec over ZeroMQ; never pickle)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+
+class ScorerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What the scorer process loads and where it listens; one JSON line on its standard input."""
+
+    endpoint: str
+    model: str
+    served_model: str
+    dtype: str = "auto"
+    device: str = "auto"
+    threads: int = 1
+    max_batch_tokens: int = 2048
+    revision: str | None = None
+    trust_remote_code: bool = False
+    config_overrides: dict[str, Any] = {}
+
+
+class ScorerState(msgspec.Struct, frozen=True, kw_only=True):
+    """How the scorer process is; it prints one such line when it is ready, or when it can't be."""
+
+    status: Literal["starting", "ready", "restarting", "failed", "stopped"]
+    reason: str | None = None
+    model: str | None = None
+    dtype: str | None = None
+    device: str | None = None
+    fingerprint: str | None = None
+
+
+class SampleMessage(msgspec.Struct, frozen=True):
+    """One answer to score."""
+
+    prompt_ids: list[int]
+    answer_ids: list[int]
+
+
+class ScoreRequest(msgspec.Struct, frozen=True):
+    """The answers of one response. ``deadline`` is on the machine's monotonic clock, in seconds."""
+
+    id: int
+    samples: list[SampleMessage]
+    deadline: float
+
+
+class ScoreReply(msgspec.Struct, frozen=True):
+    """One uncertainty in JSON form for each sample of the request."""
+
+    id: int
+    results: list[dict[str, Any]]

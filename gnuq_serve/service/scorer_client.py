@@ -1,0 +1,149 @@
+"""The server's side of the scorer process: starts it, restarts it, and asks it for scores."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from gnuq_serve.service.messages import SampleMessage, ScorerConfig, ScoreReply, ScoreRequest, ScorerState
+from gnuq_serve.uncertainty import Uncertainty
+
+logger = logging.getLogger(__name__)
+
+FIRST_BACKOFF_SECONDS = 1.0
+LONGEST_BACKOFF_SECONDS = 30.0
+
+
+class ScorerUnavailableError(RuntimeError):
+    """No score can be had; the message says why."""
+
+
+class ScorerClient:
+    """One scorer process and the answers that wait for it. Use from one event loop."""
+
+    def __init__(self, config: ScorerConfig) -> None:
+        """Prepare; ``config.endpoint`` is chosen here, in a folder that only this user can enter."""
+        self._config = config
+        self._directory = Path(tempfile.mkdtemp(prefix="gnuq-"))
+        self._ids = itertools.count()
+        self._pending: dict[int, asyncio.Future[list[Uncertainty]]] = {}
+        self._settled = asyncio.Event()  # ready, or failed for good
+        self._socket: zmq.asyncio.Socket | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self.state = ScorerState(status="starting")
+
+    def start(self) -> None:
+        """Start the process in the background; scores asked for meanwhile wait for it."""
+        self._supervisor = asyncio.get_running_loop().create_task(self._supervise())
+
+    async def stop(self) -> None:
+        """End the process; what waits for a score fails."""
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._supervisor
+        self.state = ScorerState(status="stopped", reason="the server is shutting down")
+        self._settled.set()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    async def score(self, samples: list[SampleMessage], timeout: float) -> list[Uncertainty]:  # noqa: ASYNC109
+        """Score the answers of one response.
+
+        Raises:
+            ScorerUnavailableError: the process can't start, died, or has not answered after ``timeout`` seconds.
+        """
+        deadline = time.monotonic() + timeout
+        try:
+            async with asyncio.timeout(timeout):
+                await self._settled.wait()
+                if self._socket is None or self.state.status != "ready":
+                    raise ScorerUnavailableError(f"the scorer is not running: {self.state.reason}")
+                request = ScoreRequest(next(self._ids), samples, deadline)
+                answer: asyncio.Future[list[Uncertainty]] = asyncio.get_running_loop().create_future()
+                self._pending[request.id] = answer
+                try:
+                    await self._socket.send(msgspec.msgpack.encode(request))
+                    return await answer
+                finally:
+                    del self._pending[request.id]
+        except TimeoutError:
+            doing = "started" if self.state.status in {"starting", "restarting"} else "answered"
+            raise ScorerUnavailableError(f"the scorer has not {doing} within {timeout:g} s") from None
+
+    async def _supervise(self) -> None:
+        backoff = FIRST_BACKOFF_SECONDS
+        for attempt in itertools.count():
+            endpoint = f"ipc://{self._directory / f'scorer-{attempt}.sock'}"
+            started = time.monotonic()
+            reason = await self._run_once(endpoint)
+            if self.state.status == "failed":  # a wrong path or model stays wrong
+                logger.error("the scorer can't start, answers go out unscored: %s", self.state.reason)
+                return
+            if time.monotonic() - started > 2 * LONGEST_BACKOFF_SECONDS:
+                backoff = FIRST_BACKOFF_SECONDS
+            self.state = ScorerState(status="restarting", reason=reason)
+            logger.error("%s; restarting in %g s", reason, backoff)
+            await asyncio.sleep(backoff)
+            backoff = min(2 * backoff, LONGEST_BACKOFF_SECONDS)
+
+    async def _run_once(self, endpoint: str) -> str:
+        """Run the process to its end; why it ended."""
+        threads = str(self._config.threads)
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "gnuq_serve.service.scorer_process",
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+            start_new_session=True,  # a Ctrl-C in the terminal is the server's; we follow by the closed pipe
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        listener: asyncio.Task[None] | None = None
+        try:
+            config = msgspec.structs.replace(self._config, endpoint=endpoint)
+            process.stdin.write(msgspec.json.encode(config) + b"\n")
+            async for line in process.stdout:
+                self.state = msgspec.json.decode(line, type=ScorerState)
+                if self.state.status == "ready":
+                    self._socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
+                    self._socket.connect(endpoint)
+                    listener = asyncio.create_task(self._listen(self._socket))
+                self._settled.set()
+            return f"the scorer process died (exit code {await process.wait()})"
+        finally:
+            if self.state.status != "failed":
+                self._settled.clear()
+            if listener is not None:
+                listener.cancel()
+            if self._socket is not None:
+                self._socket.close(linger=0)
+                self._socket = None
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+            for answer in self._pending.values():
+                if not answer.done():
+                    answer.set_exception(
+                        ScorerUnavailableError("the scorer process died while it held this answer")
+                    )
+
+    async def _listen(self, socket: zmq.asyncio.Socket) -> None:
+        while True:
+            reply = msgspec.msgpack.decode(await socket.recv(), type=ScoreReply)
+            answer = self._pending.get(reply.id)
+            if answer is not None and not answer.done():  # else it was given up at its deadline
+                answer.set_result([Uncertainty.from_dict(result) for result in reply.results])

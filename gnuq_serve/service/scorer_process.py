@@ -1,0 +1,122 @@
+"""The scorer process: loads the model, then scores what arrives on its socket.
+
+Run by ``ScorerClient``, never by hand. It listens on a Unix socket only, and ends when its standard input
+closes, that is, when the server that started it is gone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import IO
+
+import msgspec
+import setproctitle
+import torch
+import zmq
+
+from gnuq_serve.scorer import Sample, Scorer
+from gnuq_serve.service.messages import ScorerConfig, ScoreReply, ScoreRequest, ScorerState
+from gnuq_serve.uncertainty import Uncertainty
+from gnuq_serve.weights.checkpoint import check_same_vocabulary
+
+logger = logging.getLogger(__name__)
+
+MAX_SAMPLES_AT_ONCE = 64
+
+
+def main() -> int:
+    """Load, report, serve; returns only where the model can't be loaded."""
+    setproctitle.setproctitle("gnuq-serve: scorer")
+    # Libraries print to standard output; only our reports may go to the server.
+    reports = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    config = msgspec.json.decode(sys.stdin.buffer.readline(), type=ScorerConfig)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(config.threads)
+    try:
+        scorer = _load(config)
+        scorer.score([Sample([0], [0])])  # warm-up: the first user does not pay for lazy initialisation
+    except Exception as error:  # whatever it is, the server must hear of it
+        _report(reports, ScorerState(status="failed", reason=_reason(error)))
+        return 1
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
+    socket.bind(config.endpoint)
+    parameter = next(scorer.model.parameters())
+    _report(
+        reports,
+        ScorerState(
+            status="ready",
+            model=config.model,
+            dtype=str(parameter.dtype).removeprefix("torch."),
+            device=str(parameter.device),
+            fingerprint=scorer.fingerprint,
+        ),
+    )
+    while True:
+        _score(scorer, socket, list(_waiting(socket)))
+
+
+def _load(config: ScorerConfig) -> Scorer:
+    if config.model != config.served_model:
+        check_same_vocabulary(config.model, config.served_model, trust_remote_code=config.trust_remote_code)
+    return Scorer.from_pretrained(
+        config.model,
+        dtype=config.dtype,
+        device=config.device,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        config_overrides=config.config_overrides,
+        max_batch_tokens=config.max_batch_tokens,
+    )
+
+
+def _waiting(socket: zmq.Socket[bytes]) -> Iterator[tuple[bytes, ScoreRequest]]:
+    """Wait for a request, then take those that came meanwhile: they are scored in batches of like length."""
+    flags, samples = 0, 0
+    while samples < MAX_SAMPLES_AT_ONCE:
+        try:
+            sender, payload = socket.recv_multipart(flags)
+        except zmq.Again:
+            return
+        request = msgspec.msgpack.decode(payload, type=ScoreRequest)
+        if request.deadline > time.monotonic():  # else its answer has gone out without a score
+            samples += len(request.samples)
+            flags = zmq.DONTWAIT
+            yield sender, request
+
+
+def _score(scorer: Scorer, socket: zmq.Socket[bytes], requests: list[tuple[bytes, ScoreRequest]]) -> None:
+    samples = [Sample(s.prompt_ids, s.answer_ids) for _, request in requests for s in request.samples]
+    try:
+        results = iter(scorer.score(samples, on_invalid="fail"))
+    except Exception as error:  # out of memory, say: this batch fails, the next may not
+        logger.exception("a batch of %d answers could not be scored", len(samples))
+        results = iter([Uncertainty.failed(_reason(error))] * len(samples))
+    for sender, request in requests:
+        reply = ScoreReply(request.id, [next(results).to_dict() for _ in request.samples])
+        socket.send_multipart([sender, msgspec.msgpack.encode(reply)])
+
+
+def _report(reports: IO[bytes], state: ScorerState) -> None:
+    reports.write(msgspec.json.encode(state) + b"\n")
+    reports.flush()
+
+
+def _end_with_parent() -> None:
+    sys.stdin.buffer.read()
+    os._exit(0)  # a pass in progress has nobody to answer to
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:500] if text else type(error).__name__
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""The operator's settings: a YAML file named in ``GNUQ_CONFIG``."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+CONFIG_VARIABLE = "GNUQ_CONFIG"
+
+
+class SettingsError(ValueError):
+    """The settings file can't be used; the message names the key and the remedy."""
+
+
+class Settings(BaseModel):
+    """Settings of the scoring service."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    scorer_model: str | None = Field(
+        None, description="Checkpoint to score with; the served model by default. Same vocabulary required."
+    )
+    scorer_dtype: str = Field("auto", description="Dtype of the scorer's weights; auto: as served.")
+    scorer_device: str = Field("auto", description="Device of the scorer, such as cpu or cuda:1.")
+    scorer_threads: int = Field(1, ge=1, description="CPU threads of the scorer process.")
+    max_batch_tokens: int = Field(2048, ge=1, description="Padded positions in one gradient pass.")
+    deadline_seconds: float = Field(30.0, gt=0, description="Longest that an answer waits for its score.")
+    mirror_in_logprobs: bool = Field(
+        True, description="Put the object into choices[i].logprobs too, where stock OpenAI clients keep it."
+    )
+
+
+def load_settings(path: str | None = None) -> Settings:
+    """Read the settings file; defaults where none is named.
+
+    Args:
+        path: YAML file; None: the one named in the environment variable ``GNUQ_CONFIG``, if any.
+
+    Raises:
+        SettingsError: no such file, not a mapping, an unknown key, or a value out of range.
+    """
+    path = path or os.environ.get(CONFIG_VARIABLE)
+    if not path:
+        return Settings()  # type: ignore[call-arg]
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise SettingsError(f"{CONFIG_VARIABLE}={path}: {error}") from error
+    if not isinstance(data, dict | None):
+        raise SettingsError(
+            f"{CONFIG_VARIABLE}={path}: expected a mapping of settings, found {type(data).__name__}"
+        )
+    try:
+        return Settings.model_validate(data or {})
+    except ValidationError as error:
+        raise SettingsError(f"{CONFIG_VARIABLE}={path}: " + "; ".join(map(_explain, error.errors()))) from error
+
+
+def _explain(problem: object) -> str:
+    details = dict(problem)  # type: ignore[call-overload]
+    key = ".".join(map(str, details["loc"]))
+    if details["type"] != "extra_forbidden":
+        return f"{key}: {details['msg']}"
+    near = difflib.get_close_matches(key, Settings.model_fields, n=1)
+    return f"unknown key {key!r}" + (
+        f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(Settings.model_fields)}"
+    )

@@ -1,0 +1,130 @@
+"""Offline use: ``vllm.LLM``, with an uncertainty on every completion."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from vllm import LLM, RequestOutput, SamplingParams
+
+from gnuq_serve.scorer import Sample, Scorer
+from gnuq_serve.service.consistency import check_log_probability
+from gnuq_serve.uncertainty import Uncertainty
+from gnuq_serve.vllm.served_model import served_model
+from gnuq_serve.weights.checkpoint import check_same_vocabulary
+
+
+class UncertaintyLLM:
+    """A ``vllm.LLM`` whose completions carry ``.uncertainty``.
+
+    Scoring takes place in this process, after generation, with a PyTorch copy of the same weights. Everything
+    else that ``vllm.LLM`` has is reached through this object.
+    """
+
+    def __init__(
+        self, model: str, *, scorer_model: str | None = None, scorer_device: str = "auto", **vllm_args: Any
+    ) -> None:
+        """Load the engine and the scorer.
+
+        Args:
+            model: as for ``vllm.LLM``.
+            scorer_model: checkpoint to score with; the served model by default.
+            scorer_device: device of the scorer's weights.
+            **vllm_args: every other argument of ``vllm.LLM``.
+
+        Raises:
+            CheckpointError: the scorer's checkpoint can't be loaded, or has another vocabulary.
+            UnsupportedModelError: a module of the model has no gradient-norm rule.
+        """
+        own_model = scorer_model is not None and scorer_model != model
+        if own_model:  # before the engine takes its time to start
+            check_same_vocabulary(
+                str(scorer_model), model, trust_remote_code=vllm_args.get("trust_remote_code", False)
+            )
+        self.llm = LLM(model=model, **vllm_args)
+        self._served = served_model(self.llm.model_config)
+        self.scorer = Scorer.from_pretrained(
+            scorer_model or self._served.model,
+            dtype=self._served.dtype,
+            device=scorer_device,
+            revision=None if own_model else self._served.revision,
+            trust_remote_code=self._served.trust_remote_code,
+            config_overrides={} if own_model else self._served.config_overrides,
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "llm":  # not built yet: no engine to ask
+            raise AttributeError(name)
+        return getattr(self.llm, name)
+
+    def generate(
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: Any = True,
+        **kwargs: Any,
+    ) -> list[RequestOutput]:
+        """As ``vllm.LLM.generate``; each completion of each output has ``.uncertainty``."""
+        params = self._with_logprobs(sampling_params)
+        outputs = self.llm.generate(prompts, params, use_tqdm=use_tqdm, **kwargs)
+        return self._scored(outputs, sampling_params, progress=bool(use_tqdm))
+
+    def chat(
+        self,
+        messages: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: Any = True,
+        **kwargs: Any,
+    ) -> list[RequestOutput]:
+        """As ``vllm.LLM.chat``; each completion of each output has ``.uncertainty``."""
+        params = self._with_logprobs(sampling_params)
+        outputs = self.llm.chat(messages, params, use_tqdm=use_tqdm, **kwargs)
+        return self._scored(outputs, sampling_params, progress=bool(use_tqdm))
+
+    def _with_logprobs(self, params: SamplingParams | Sequence[SamplingParams] | None) -> Any:
+        """The same parameters with the chosen token's logprob, to check the scorer's with."""
+        if isinstance(params, Sequence):
+            return [self._with_logprobs(one) for one in params]
+        params = self.llm.get_default_sampling_params() if params is None else params
+        if params.logprobs is not None:
+            return params
+        params = copy.copy(params)
+        params.logprobs = 0
+        return params
+
+    def _scored(self, outputs: list[RequestOutput], asked: Any, *, progress: bool) -> list[RequestOutput]:
+        completions = [(output, completion) for output in outputs for completion in output.outputs]
+        reasons = [_skip_reason(output) for output, _ in completions]
+        samples = [
+            Sample(output.prompt_token_ids, list(completion.token_ids))
+            for (output, completion), reason in zip(completions, reasons, strict=True)
+            if reason is None
+        ]
+        scored = iter(self.scorer.score(samples, on_invalid="fail", progress=progress))
+        dtype = str(next(self.scorer.model.parameters()).dtype).removeprefix("torch.")
+        asked_each = asked if isinstance(asked, Sequence) else [asked] * len(outputs)
+        wants_logprobs = {
+            id(output): params is not None and params.logprobs is not None
+            for output, params in zip(outputs, asked_each, strict=True)
+        }
+        for (output, completion), reason in zip(completions, reasons, strict=True):
+            if reason is not None:
+                completion.uncertainty = Uncertainty.skipped(reason)
+            else:
+                served = completion.cumulative_logprob if self._served.raw_logprobs else None
+                completion.uncertainty = check_log_probability(next(scored), served, self._served.dtype, dtype)
+            if not wants_logprobs[id(output)]:
+                completion.logprobs = completion.cumulative_logprob = None
+        return outputs
+
+
+def _skip_reason(output: RequestOutput) -> str | None:
+    if output.lora_request is not None:
+        return "adapter not loaded: the scorer has the base model only"
+    if getattr(output, "multi_modal_placeholders", None):
+        return "image, audio or video in the prompt"
+    if not output.prompt_token_ids:
+        return "the prompt has no token ids"
+    return None

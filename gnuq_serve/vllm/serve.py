@@ -1,0 +1,44 @@
+"""``gnuq-serve serve``: vLLM's own server with our plugin switched on."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+
+from gnuq_serve.service.settings import CONFIG_VARIABLE, load_settings
+
+_ON_BY_DEFAULT = (
+    "vllm.general_plugins",
+    "vllm.io_processor_plugins",
+    "vllm.platform_plugins",
+    "vllm.stat_logger_plugins",
+)
+
+
+def serve(vllm_args: Sequence[str], config: str | None = None) -> None:
+    """Become ``vllm serve`` with the plugin ``gnuq`` on; does not return.
+
+    Args:
+        vllm_args: everything that follows ``vllm serve``.
+        config: settings file.
+
+    Raises:
+        SettingsError: the settings file can't be used. vLLM would only log that, and serve without scores.
+    """
+    load_settings(config)
+    environment = {**os.environ, "VLLM_PLUGINS": plugin_list(os.environ.get("VLLM_PLUGINS"))}
+    if config is not None:
+        environment[CONFIG_VARIABLE] = config
+    command = [sys.executable, "-m", "gnuq_serve.vllm.server_main", *vllm_args]
+    os.execve(sys.executable, command, environment)  # noqa: S606
+
+
+def plugin_list(current: str | None) -> str:
+    """``VLLM_PLUGINS`` with ours added. It is one allow-list for all groups: those on by default stay on."""
+    if current is None:
+        names = {point.name for group in _ON_BY_DEFAULT for point in entry_points(group=group)}
+    else:
+        names = {name for name in current.split(",") if name}
+    return ",".join(sorted(names | {"gnuq"}))
