@@ -85,7 +85,7 @@ def main() -> int:
     """Ask, print the table, and fail where nothing was scored."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base-url", default=os.environ.get("GNUQ_BASE_URL", "http://127.0.0.1:8000/v1"))
-    parser.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY", "EMPTY"))
+    parser.add_argument("--api-key", default=os.environ.get("GNUQ_API_KEY", "EMPTY"))
     parser.add_argument("--model", help="default: the first model that the server lists")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write answers and scores to FILE")
     args = parser.parse_args()

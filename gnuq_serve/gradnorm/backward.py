@@ -88,7 +88,8 @@ class _Recorder:
     """Hooks on every layer with parameters: remember the input on the way up, apply the rule on the way down."""
 
     def __init__(self, coverage: Coverage, ids: Tensor, spans: list[slice]) -> None:
-        self.norm_sq = torch.zeros(len(spans), dtype=torch.float64)
+        # On the device: reading each layer's share back would stall a GPU once a layer.
+        self.norm_sq = torch.zeros(len(spans), dtype=torch.float64, device=ids.device)
         self._leaves: list[Tensor] = []
         self._coverage = coverage
         self._ids = ids

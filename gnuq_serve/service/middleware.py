@@ -52,7 +52,8 @@ class UncertaintyMiddleware:
         except InvalidRequestError as error:
             await _bad_request(str(error))(scope, receive, send)
             return
-        body = json.dumps(plan.body).encode()
+        if plan.body != request:
+            body = json.dumps(plan.body).encode()
         scope = {**scope, "headers": _with_length(scope["headers"], len(body))}
         if plan.unscored is not None:
             metrics.UNSCORED_REQUESTS.labels(route, plan.unscored).inc()
@@ -98,7 +99,6 @@ class _Scoring:
                 uncertainties = await self._service.score(read_answers(self._plan, response))
         for uncertainty in uncertainties:
             metrics.ANSWERS.labels(self._plan.route, uncertainty.status).inc()
-        # Skipped before vLLM was asked: its response holds nothing of ours to take out.
         attach(self._plan, response, uncertainties, mirror=self._service.settings.mirror_in_logprobs)
         return json.dumps(response, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 

@@ -66,8 +66,9 @@ def plan_request(route: Route, request: Mapping[str, Any], adapters: Collection[
     if request.get("stream"):
         return RequestPlan(route, body, unscored="stream")
     if (reason := _skip_reason(route, request, adapters)) is not None:
-        return RequestPlan(route, body, skip=reason)
-    keep_logprobs = request.get("logprobs") not in (None, False)
+        return RequestPlan(route, body, skip=reason, keep_token_ids=True, keep_logprobs=True)
+    logprobs = request.get("logprobs")
+    keep_logprobs = logprobs is not None and logprobs is not False  # completions: 0 is a wish
     adds_logprobs = not keep_logprobs and not request.get(
         "top_logprobs"
     )  # alone it is an error: vLLM's to report
@@ -98,7 +99,7 @@ def _wanted(field: Any) -> bool:
 
 
 def _skip_reason(route: Route, request: Mapping[str, Any], adapters: Collection[str]) -> str | None:
-    if request.get("model") in adapters:
+    if isinstance(model := request.get("model"), str) and model in adapters:
         return "adapter not loaded: the scorer has the base model only"
     if request.get("echo"):
         return "echo is not scored"  # asking for token ids takes the prompt out of the echoed text

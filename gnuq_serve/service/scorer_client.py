@@ -39,7 +39,8 @@ class ScorerClient:
         self._directory = Path(tempfile.mkdtemp(prefix="gnuq-"))
         self._ids = itertools.count()
         self._pending: dict[int, asyncio.Future[list[Uncertainty]]] = {}
-        self._settled = asyncio.Event()  # ready, or failed for good
+        # Set at the first outcome: answers wait for the scorer's first start, but not for a restart.
+        self._settled = asyncio.Event()
         self._socket: zmq.asyncio.Socket | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self.state = ScorerState(status="starting")
@@ -94,6 +95,7 @@ class ScorerClient:
             if time.monotonic() - started > 2 * LONGEST_BACKOFF_SECONDS:
                 backoff = FIRST_BACKOFF_SECONDS
             self.state = ScorerState(status="restarting", reason=reason)
+            self._settled.set()
             logger.error("%s; restarting in %g s", reason, backoff)
             await asyncio.sleep(backoff)
             backoff = min(2 * backoff, LONGEST_BACKOFF_SECONDS)
@@ -125,8 +127,6 @@ class ScorerClient:
                 self._settled.set()
             return f"the scorer process died (exit code {await process.wait()})"
         finally:
-            if self.state.status != "failed":
-                self._settled.clear()
             if listener is not None:
                 listener.cancel()
             if self._socket is not None:

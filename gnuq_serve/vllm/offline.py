@@ -67,7 +67,7 @@ class UncertaintyLLM:
         **kwargs: Any,
     ) -> list[RequestOutput]:
         """As ``vllm.LLM.generate``; each completion of each output has ``.uncertainty``."""
-        params = self._with_logprobs(sampling_params)
+        params = _with_logprobs(sampling_params or self.llm.get_default_sampling_params())
         outputs = self.llm.generate(prompts, params, use_tqdm=use_tqdm, **kwargs)
         return self._scored(outputs, sampling_params, progress=bool(use_tqdm))
 
@@ -79,20 +79,9 @@ class UncertaintyLLM:
         **kwargs: Any,
     ) -> list[RequestOutput]:
         """As ``vllm.LLM.chat``; each completion of each output has ``.uncertainty``."""
-        params = self._with_logprobs(sampling_params)
+        params = _with_logprobs(sampling_params or self.llm.get_default_sampling_params())
         outputs = self.llm.chat(messages, params, use_tqdm=use_tqdm, **kwargs)
         return self._scored(outputs, sampling_params, progress=bool(use_tqdm))
-
-    def _with_logprobs(self, params: SamplingParams | Sequence[SamplingParams] | None) -> Any:
-        """The same parameters with the chosen token's logprob, to check the scorer's with."""
-        if isinstance(params, Sequence):
-            return [self._with_logprobs(one) for one in params]
-        params = self.llm.get_default_sampling_params() if params is None else params
-        if params.logprobs is not None:
-            return params
-        params = copy.copy(params)
-        params.logprobs = 0
-        return params
 
     def _scored(self, outputs: list[RequestOutput], asked: Any, *, progress: bool) -> list[RequestOutput]:
         completions = [(output, completion) for output in outputs for completion in output.outputs]
@@ -118,6 +107,17 @@ class UncertaintyLLM:
             if not wants_logprobs[id(output)]:
                 completion.logprobs = completion.cumulative_logprob = None
         return outputs
+
+
+def _with_logprobs(params: Any) -> Any:
+    """The same parameters with the chosen token's logprob, to check the scorer's with."""
+    if isinstance(params, Sequence):
+        return [_with_logprobs(one) for one in params]
+    if params.logprobs is not None:
+        return params
+    params = copy.copy(params)
+    params.logprobs = 0
+    return params
 
 
 def _skip_reason(output: RequestOutput) -> str | None:

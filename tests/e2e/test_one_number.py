@@ -1,0 +1,86 @@
+"""One question, asked offline, over HTTP and through LangChain: one number. And the engine agrees on l."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from langchain_gnuq import UncertaintyCallbackHandler
+from langchain_openai import ChatOpenAI
+from live_server import ENV, KEY, NAME
+
+from gnuq_serve import Policy, Uncertainty
+
+pytestmark = [pytest.mark.slow, pytest.mark.vllm]
+
+QUESTIONS = ["What is the capital of France?", "What is 7 + 5?", "Who painted the Mona Lisa?", "Say yes."]
+
+
+@pytest.fixture(scope="module")
+def offline(smollm2):
+    script = Path(__file__).with_name("offline_answers.py")
+    run = subprocess.run(
+        [sys.executable, str(script), str(smollm2), *QUESTIONS],
+        env=os.environ | ENV,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, run.stdout[-3000:] + run.stderr[-3000:]
+    return json.loads(lines[-1].removeprefix("RESULT "))
+
+
+def chat(client, question, **options):
+    messages = [{"role": "user", "content": question}]
+    return client.chat.completions.create(model=NAME, messages=messages, temperature=0, max_tokens=24, **options)
+
+
+@pytest.mark.parametrize("index", range(len(QUESTIONS)))
+def test_offline_http_and_langchain_agree(offline, client, server, index):
+    choice = chat(client, QUESTIONS[index]).choices[0]
+    assert choice.message.content == offline[index]["text"]
+    over_http = choice.model_extra["uncertainty"]
+    assert over_http["status"] == "scored"
+    assert choice.logprobs.model_extra["uncertainty"] == over_http
+
+    policy = Policy(signal="normalized.probability", answer=0.8, escalate=0.6, otherwise="human")
+    model = ChatOpenAI(
+        base_url=f"{server.base_url}/v1",
+        api_key=KEY,
+        model=NAME,
+        temperature=0,
+        max_tokens=24,
+        callbacks=[UncertaintyCallbackHandler(policy=policy)],
+    )
+    in_langchain = model.invoke(QUESTIONS[index]).response_metadata["uncertainty"]
+    assert in_langchain["decision"] in {"answer", "escalate", "human"}
+    assert in_langchain["calibration"] == "uncalibrated"
+    assert over_http["decision"] is None
+
+    numbers = [u["log_grad_norm_sq"] for u in (offline[index]["uncertainty"], over_http, in_langchain)]
+    assert max(numbers) - min(numbers) <= 1e-4
+    assert {u["fingerprint"] for u in (offline[index]["uncertainty"], over_http, in_langchain)} == {
+        over_http["fingerprint"]
+    }
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_scorer_and_engine_agree_on_the_log_probability(client, question):
+    choice = chat(client, question, logprobs=True).choices[0]
+    uncertainty = Uncertainty.from_dict(choice.model_extra["uncertainty"])
+    engine = math.fsum(token.logprob for token in choice.logprobs.content)
+    assert uncertainty.tokens == len(choice.logprobs.content)
+    assert uncertainty.log_probability == pytest.approx(engine, abs=1e-2)
+    assert uncertainty.warnings == ()
+
+
+def test_offline_leaves_what_was_asked_of_vllm(offline):
+    *chats, two = offline
+    assert all(row["logprobs_restored"] for row in chats)
+    assert len(two) == 2
+    for scored, served in two:
+        assert scored == pytest.approx(served, abs=1e-2)
