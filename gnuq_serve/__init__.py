@@ -14,7 +14,11 @@ __all__ = ["Decision", "Normalized", "Policy", "Sample", "Scorer", "Signals", "U
 def __getattr__(name: str) -> Any:
     # The scorer brings torch and transformers: seconds to import, and absent on a client.
     if name in {"Sample", "Scorer"}:
-        from gnuq_serve import scorer
-
+        try:
+            from gnuq_serve import scorer
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                f"{name} needs {error.name}, not installed here: pip install 'gnuq-serve[scorer]'"
+            ) from error
         return getattr(scorer, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

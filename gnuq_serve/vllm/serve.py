@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 
 from gnuq_serve.service.settings import CONFIG_VARIABLE, load_settings
 
@@ -25,8 +26,11 @@ def serve(vllm_args: Sequence[str], config: str | None = None) -> None:
         config: settings file.
 
     Raises:
+        ImportError: vLLM is not installed.
         SettingsError: the settings file can't be used. vLLM would only log that, and serve without scores.
     """
+    if find_spec("vllm") is None:
+        raise ImportError("vLLM is not installed here: pip install 'gnuq-serve[vllm]' (GPU) or 'gnuq-serve[cpu]'")
     load_settings(config)
     environment = {**os.environ, "VLLM_PLUGINS": plugin_list(os.environ.get("VLLM_PLUGINS"))}
     if config is not None:
