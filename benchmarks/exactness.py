@@ -23,10 +23,10 @@ from gnuq_serve.gradnorm import cover, gradient_pass
 from gnuq_serve.gradnorm.oracle import Oracle
 
 COLUMNS = {
-    "float64": "float64, autograd float64",
-    "float32": "float32, autograd float32",
-    "float32_vs_float64": "float32, autograd float64",
-    "batch": "float32, batch against single",
+    "float64": "float64 / autograd float64",
+    "float32": "float32 / autograd float32",
+    "float32_vs_float64": "float32 / autograd float64",
+    "batch": "float32: batch / single",
 }
 SHAPE: dict[str, Any] = {
     "vocab_size": 97,
@@ -48,7 +48,7 @@ def tiny_models() -> dict[str, nn.Module]:
     for tied in (True, False):
         kind = "tied" if tied else "untied"
         configs = {
-            "Llama, with bias": LlamaConfig(**SHAPE, tie_word_embeddings=tied, attention_bias=True),
+            "Llama with bias": LlamaConfig(**SHAPE, tie_word_embeddings=tied, attention_bias=True),
             "Mistral": MistralConfig(**SHAPE, tie_word_embeddings=tied),
             "Qwen2": Qwen2Config(**SHAPE, tie_word_embeddings=tied),
             "GPT-2": GPT2Config(**GPT2_SHAPE, tie_word_embeddings=tied),
@@ -57,7 +57,7 @@ def tiny_models() -> dict[str, nn.Module]:
             model = AutoModelForCausalLM.from_config(config)
             for parameter in model.parameters():
                 parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
-            models[f"{name}, {kind} (tiny, random)"] = model
+            models[f"{name}, {kind}"] = model
     return models
 
 
@@ -128,11 +128,14 @@ def main() -> None:
     results = {name: errors(model, random_samples(97)) for name, model in tiny_models().items()}
     if not args.quick:
         path = str(ensure_demo_model())
-        results[f"{NAME} (real weights, chats)"] = errors(Scorer.from_pretrained(path).model, chat_samples(path))
-    table = Table("model", *COLUMNS.values())
+        results[f"{NAME}, real"] = errors(Scorer.from_pretrained(path).model, chat_samples(path))
+    table = Table(caption="Largest relative error of the squared gradient norm; all but the last: tiny, random")
+    table.add_column("model", no_wrap=True)
+    for title in COLUMNS.values():
+        table.add_column(title, justify="right")
     for name, row in results.items():
         table.add_row(name, *(f"{row[column]:.1e}" for column in COLUMNS))
-    Console(width=114).print(table)
+    Console(width=100).print(table)
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n")
 

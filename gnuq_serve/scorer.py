@@ -136,6 +136,8 @@ class Scorer:
         for name, ids in (("prompt_ids", sample.prompt_ids), ("answer_ids", sample.answer_ids)):
             if len(ids) == 0:
                 return f"{name} is empty: give at least one token"
+            if any(not isinstance(i, int) for i in ids):
+                return f"{name} holds something that is no integer: give a list of token ids"
             if min(ids) < 0 or max(ids) >= self.vocabulary_size:
                 outside = next(i for i in ids if not 0 <= i < self.vocabulary_size)
                 return (

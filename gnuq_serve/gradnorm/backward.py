@@ -41,6 +41,7 @@ class PassResult:
     grad_norm_sq: Tensor
 
 
+@torch.inference_mode(mode=False)
 def gradient_pass(
     model: nn.Module, coverage: Coverage, samples: Sequence[tuple[Sequence[int], Sequence[int]]]
 ) -> PassResult:
@@ -52,7 +53,7 @@ def gradient_pass(
         samples: pairs of non-empty id lists, of any lengths; all inside the vocabulary.
 
     Raises:
-        RuntimeError: a layer ran twice, or without a batch dimension, so that no rule fits it.
+        RuntimeError: a layer ran twice, never, or without a batch dimension, so that no rule fits it.
     """
     device = coverage.embedding_weight.device
     # The last answer token is predicted, never read: it needs no position.
@@ -111,6 +112,11 @@ class _Recorder:
             stack.enter_context(_removing(head.register_forward_hook(self._head_hook)))
             yield
         self._inputs.clear()
+        idle = [name for name, _, _ in self._coverage.rules if name not in self._seen]
+        if idle:
+            raise RuntimeError(
+                f"{idle[0]} was never called (its weight may be used elsewhere): its share is unknown"
+            )
 
     def descend(self, log_probability: Tensor) -> None:
         """Run the backward pass; afterwards ``norm_sq`` is complete and nothing of the graph is kept."""
@@ -120,6 +126,8 @@ class _Recorder:
 
     def _layer_hook(self, name: str, rule: Rule) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if not args:
+                raise RuntimeError(f"{name} was called with keyword arguments only: no rule sees its input")
             tensor = args[0]
             if name in self._seen:
                 raise RuntimeError(f"{name} ran twice in one forward pass: no rule for shared layers")

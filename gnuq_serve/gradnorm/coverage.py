@@ -70,6 +70,10 @@ def cover(model: nn.Module) -> Coverage:
         own = dict(module.named_parameters(recurse=False))
         if not own:
             continue
+        if getattr(module, "max_norm", None) is not None:
+            raise UnsupportedModelError(
+                f"{name} has max_norm, so that reading it rewrites its weights: set max_norm=None"
+            )
         rule = rule_for(module)
         uncounted = set(own) if rule is None else set(own) - rule.parameters
         if rule is None or uncounted:

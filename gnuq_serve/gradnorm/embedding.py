@@ -14,8 +14,6 @@ def embedding(layer: nn.Module, inputs: LayerInput, delta: Tensor) -> Tensor:
 
     The row of ``padding_idx`` counts like any other: the derivative there is not zero, autograd only drops it.
     """
-    if getattr(layer, "max_norm", None) is not None:
-        raise ValueError("nn.Embedding with max_norm rewrites its own weights; set max_norm=None")
     samples = inputs.tensor.shape[0]
     ids = inputs.tensor.flatten(1)
     rows = int(layer.num_embeddings)  # type: ignore[arg-type]

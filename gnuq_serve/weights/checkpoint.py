@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -42,7 +44,7 @@ def load_checkpoint(
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(path, **source, **dict(config_overrides or {}))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise CheckpointError(
             f"model={path!r} can't be loaded: no usable config.json there ({_line(error)})"
         ) from error
@@ -54,7 +56,7 @@ def load_checkpoint(
         model, report = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=torch_dtype or "auto", output_loading_info=True, **source
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # a damaged file; other shapes
         raise CheckpointError(f"model={path!r} can't be loaded: {_line(error)}") from error
     # transformers fills absent tensors with random numbers and only logs it.
     if report["missing_keys"] or report["mismatched_keys"]:

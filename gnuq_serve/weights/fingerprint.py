@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from typing import Any
 
 import torch
 from torch import nn
 
 SCORING_VERSION = 1  # raised only when the numbers change
 
+# Entries of a configuration that say where a model came from or how to generate with it, not what it computes.
+_NO_INFLUENCE = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
+
 
 def fingerprint_of(model: nn.Module, mode: str) -> str:
-    """12 hexadecimal digits from the tensors' names, shapes, dtypes, 64 values of each, and the mode."""
+    """12 hexadecimal digits from configuration and mode, and of each tensor name, shape, dtype and 64 values."""
     digest = hashlib.sha256(f"gnuq {SCORING_VERSION} {mode}".encode())
+    config: Any = model.config
+    settings = {name: value for name, value in config.to_dict().items() if name not in _NO_INFLUENCE}
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.named_parameters()):
         flat = tensor.detach().flatten()
         picked = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.float64)

@@ -1,0 +1,457 @@
+"""The real scorer process, with tiny models: what it answers, and what happens when it cannot."""
+
+import asyncio
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import msgspec
+import psutil
+import pytest
+
+from gnuq_serve.scorer import Sample, Scorer
+from gnuq_serve.service.messages import SampleMessage, ScorerConfig
+from gnuq_serve.service.response_edit import Answer
+from gnuq_serve.service.scorer_client import ScorerClient, ScorerUnavailableError
+from gnuq_serve.service.service import ServedModel, UncertaintyService
+from gnuq_serve.service.settings import load_settings
+
+VOCABULARY = 97
+START_SECONDS = 90  # importing torch and transformers on a busy machine
+
+
+@pytest.fixture(scope="module")
+def model_path(tiny_llama, tmp_path_factory):
+    import torch
+
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_llama(vocab_size=VOCABULARY, dtype=torch.float32).save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def own_temp_folder(tmp_path_factory, monkeypatch):
+    """Where the sockets are made; short, since the path of a Unix socket holds 107 bytes."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="t") as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)
+
+
+class Running:
+    """A service on an event loop in a thread of its own, as in a server."""
+
+    def __init__(self, served, **settings):
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self.thread.start()
+        self.before = set(scorers())
+        settings = {"scorer_device": "cpu"} | settings
+        self.service = UncertaintyService(load_settings().model_copy(update=settings))
+        self.call(self._start(served))
+
+    async def _start(self, served):
+        self.service.start(served)
+
+    def call(self, coroutine, timeout=START_SECONDS):
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout)
+
+    def ask(self, coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+
+    def score(self, *answers):
+        return self.call(self.service.score(list(answers)))
+
+    def wait_for(self, *states):
+        wait_until(lambda: self.service.state.status in states, START_SECONDS)
+        return self.service.state
+
+    @property
+    def process(self):
+        (process,) = set(scorers()) - self.before
+        return process
+
+    @property
+    def folder(self):
+        return self.service._client._directory
+
+    def stop(self):
+        self.call(self.service.stop())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join(10)
+        self.loop.close()
+
+
+def scorers():
+    found = []
+    for process in psutil.Process().children():
+        try:
+            if "scorer" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def wait_until(condition, seconds):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not so after {seconds} s"
+        time.sleep(0.02)
+
+
+def gone(pid):
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+@pytest.fixture(scope="module")
+def running(model_path):
+    running = Running(ServedModel(model=model_path, dtype="float32"), deadline_seconds=START_SECONDS)
+    try:
+        running.wait_for("ready", "failed")
+        yield running
+    finally:
+        running.stop()
+
+
+@pytest.fixture(scope="module")
+def in_process(model_path):
+    return Scorer.from_pretrained(model_path, dtype="float32", device="cpu")
+
+
+SAMPLES = [
+    ([1, 5, 9], [7, 2]),
+    ([1], [3]),
+    ([4, 4, 4, 96, 0, 11, 12], [5, 5, 6, 2, 90]),
+    ([8, 9], [10, 11, 12, 13, 14, 15, 16, 2]),
+]
+
+
+def close_to(expected):
+    same = ("status", "mode", "span", "tokens", "fingerprint")
+    numbers = ("log_probability", "entropy", "aleatoric", "epistemic", "log_epistemic", "log_grad_norm_sq")
+
+    def check(result):
+        assert [getattr(result, name) for name in same] == [getattr(expected, name) for name in same]
+        for name in numbers:
+            assert getattr(result, name) == pytest.approx(getattr(expected, name), rel=1e-6, abs=1e-6), name
+        for part in ("normalized", "signals"):
+            for name in getattr(expected, part).__slots__:
+                got, wanted = getattr(getattr(result, part), name), getattr(getattr(expected, part), name)
+                assert got == pytest.approx(wanted, rel=1e-6, abs=1e-6), name
+
+    return check
+
+
+def test_state(running, model_path, in_process):
+    state = running.service.state
+    assert (state.status, state.reason) == ("ready", None)
+    assert (state.model, state.dtype, state.device) == (model_path, "float32", "cpu")
+    assert state.fingerprint == in_process.fingerprint
+
+
+def test_scores_equal_those_in_process(running, in_process):
+    results = running.score(*(Answer(prompt, answer, None) for prompt, answer in SAMPLES))
+    for result, (prompt, answer) in zip(results, SAMPLES, strict=True):
+        (expected,) = in_process.score([Sample(prompt, answer)])
+        close_to(expected)(result)
+        assert result.warnings == ()
+        assert result.seconds > 0
+    assert len({result.id for result in results}) == len(SAMPLES)
+    assert all(result.id.startswith("unc-") for result in results)
+
+
+def test_concurrent_requests_get_each_its_own(running, in_process):
+    expected = [in_process.score([Sample(*sample)])[0] for sample in SAMPLES]
+    futures = [
+        running.ask(running.service.score([Answer(*SAMPLES[i % 4], None), Answer(*SAMPLES[(i + 1) % 4], None)]))
+        for i in range(24)
+    ]
+    for i, future in enumerate(futures):
+        first, second = future.result(START_SECONDS)
+        close_to(expected[i % 4])(first)
+        close_to(expected[(i + 1) % 4])(second)
+
+
+def test_more_answers_at_once_than_one_batch_takes(running, in_process):
+    results = running.score(*(Answer(*SAMPLES[0], None) for _ in range(150)))
+    (expected,) = in_process.score([Sample(*SAMPLES[0])])
+    assert len(results) == 150
+    for result in results:
+        close_to(expected)(result)
+
+
+def test_one_bad_answer_fails_alone(running):
+    good = Answer(*SAMPLES[0], None)
+    outside, empty, too_long = (
+        Answer([1], [VOCABULARY], None),
+        Answer([1], [], None),
+        Answer([1] * 60, [2] * 5, None),
+    )
+    results = running.score(good, outside, None, empty, too_long, good)
+    assert [r.status for r in results] == ["scored", "failed", "skipped", "failed", "failed", "scored"]
+    assert f"answer_ids holds {VOCABULARY}, outside the scorer's vocabulary of {VOCABULARY}" in results[1].reason
+    assert "token ids" in results[2].reason
+    assert "answer_ids is empty" in results[3].reason
+    assert "context of 64" in results[4].reason
+
+
+def test_the_engines_log_probability_is_checked(running):
+    (plain,) = running.score(Answer(*SAMPLES[0], None))
+    (same,) = running.score(Answer(*SAMPLES[0], plain.log_probability + 1e-4))
+    (other,) = running.score(Answer(*SAMPLES[0], plain.log_probability + 1))
+    assert same.warnings == ()
+    assert len(other.warnings) == 1
+    assert "differs from the engine's" in other.warnings[0]
+
+
+def test_only_this_user_reaches_it(running):
+    folder = running.folder.stat()
+    assert stat.S_IMODE(folder.st_mode) == 0o700
+    assert folder.st_uid == os.getuid()
+    assert [stat.S_ISSOCK(path.stat().st_mode) for path in running.folder.iterdir()] == [True]
+    assert running.process.net_connections("inet") == []
+
+
+def test_a_passed_deadline_fails_and_the_next_is_scored(running):
+    sample = [SampleMessage(*SAMPLES[0])]
+    client, process = running.service._client, running.process
+    process.suspend()
+    try:
+        start = time.monotonic()
+        with pytest.raises(ScorerUnavailableError, match=r"has not answered within 0\.5 s"):
+            running.call(client.score(sample, 0.5))
+        assert 0.4 < time.monotonic() - start < 5
+    finally:
+        process.resume()
+    assert running.call(client.score(sample, START_SECONDS))[0].status == "scored"
+    assert client._pending == {}
+
+
+def test_killed_with_answers_in_hand_it_restarts(running):
+    answer = Answer(*SAMPLES[0], None)
+    (before,) = running.score(answer)
+    first = running.process
+    first.suspend()
+    waiting = [running.ask(running.service.score([answer, answer])) for _ in range(3)]
+    wait_until(lambda: len(running.service._client._pending) == 3, 10)
+    first.kill()
+    for future in waiting:
+        for result in future.result(30):
+            assert result.status == "failed"
+            assert "died while it held this answer" in result.reason
+    wait_until(lambda: running.service.state.status == "restarting", 10)
+    (between,) = running.score(answer)
+    if between.status == "failed":  # else the restart was quicker
+        assert "exit code -9" in between.reason
+    running.wait_for("ready")
+    assert running.process.pid != first.pid
+    (after,) = running.score(answer)
+    close_to(before)(after)
+
+
+def test_stop_leaves_nothing(model_path, own_temp_folder):
+    running = Running(ServedModel(model=model_path, dtype="float32"))
+    running.wait_for("ready")
+    process, folder = running.process, running.folder
+    assert folder.parent == own_temp_folder
+    process.suspend()
+    waiting = running.ask(running.service.score([Answer(*SAMPLES[0], None)]))
+    wait_until(lambda: running.service._client._pending, 10)
+    running.call(running.service.stop())
+    (result,) = waiting.result(10)
+    assert (result.status, bool(result.reason)) == ("failed", True)
+    assert gone(process.pid)
+    assert list(own_temp_folder.iterdir()) == []
+    assert running.service.state.status == "stopped"
+    (late,) = running.score(Answer(*SAMPLES[0], None))
+    assert late.status == "failed"
+    assert "shutting down" in late.reason
+    running.stop()  # a second time is nothing
+
+
+def test_stop_while_it_loads(model_path, own_temp_folder):
+    running = Running(ServedModel(model=model_path, dtype="float32"))
+    wait_until(lambda: set(scorers()) - running.before, 30)
+    process = running.process
+    waiting = running.ask(running.service.score([Answer(*SAMPLES[0], None)]))
+    running.stop()
+    assert waiting.result(10)[0].status == "failed"
+    assert gone(process.pid)
+    assert list(own_temp_folder.iterdir()) == []
+
+
+def test_deadline_while_it_loads(model_path):
+    running = Running(ServedModel(model=model_path, dtype="float32"), deadline_seconds=0.2)
+    try:
+        (result,) = running.score(Answer(*SAMPLES[0], None))
+        assert result.status == "failed"
+        assert "has not started within 0.2 s" in result.reason
+    finally:
+        running.stop()
+
+
+def test_no_answer_is_lost_when_many_wait_for_a_scorer_that_dies(model_path):
+    """More than ZeroMQ's queue of 1000 holds."""
+    running = Running(ServedModel(model=model_path, dtype="float32"), deadline_seconds=START_SECONDS)
+    try:
+        running.wait_for("ready", "failed")
+        process = running.process
+        process.suspend()
+        waiting = [running.ask(running.service.score([Answer(*SAMPLES[0], None)])) for _ in range(3000)]
+        wait_until(lambda: len(running.service._client._pending) == 3000, 30)
+        process.kill()
+        assert {future.result(60)[0].status for future in waiting} == {"failed"}
+    finally:
+        running.stop()
+
+
+def test_a_temp_folder_too_deep_for_a_socket(model_path, own_temp_folder, monkeypatch):
+    import tempfile
+
+    deep = own_temp_folder / ("x" * 100)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    running = Running(ServedModel(model=model_path, dtype="float32"), deadline_seconds=START_SECONDS)
+    try:
+        (result,) = running.score(Answer(*SAMPLES[0], None))
+        assert result.status == "failed"
+        assert "ipc path" in result.reason
+        assert running.wait_for("failed")  # and does not try again for ever
+    finally:
+        running.stop()
+
+
+def test_a_scorer_that_cannot_start_ends_in_order(tmp_path):
+    """With its reason and exit code 1; an abort of the interpreter would fill the server's log."""
+    config = ScorerConfig(endpoint=f"ipc://{tmp_path}/s", model=str(tmp_path), served_model=str(tmp_path))
+    with subprocess.Popen(
+        [sys.executable, "-m", "gnuq_serve.service.scorer_process"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        process.stdin.write(msgspec.json.encode(config) + b"\n")
+        process.stdin.flush()
+        state = msgspec.json.decode(process.stdout.readline())
+        errors = process.stderr.read().decode()
+        assert process.wait(START_SECONDS) == 1
+    assert state["status"] == "failed"
+    assert "Fatal Python error" not in errors
+
+
+def test_before_the_start():
+    service = UncertaintyService(load_settings())
+    assert service.state.status == "starting"
+    (result,) = asyncio.run(service.score([Answer([1], [2], None)]))
+    assert (result.status, result.reason) == ("failed", "the scorer is not started yet")
+    asyncio.run(service.stop())
+
+
+def test_unknown_model(tmp_path):
+    path = str(tmp_path / "nowhere")
+    running = Running(ServedModel(model=path, dtype="float32"), deadline_seconds=START_SECONDS)
+    try:
+        results = running.score(Answer([1], [2], None), Answer([1], [3], None))
+        state = running.wait_for("failed")
+        assert path in state.reason
+        assert "\n" not in state.reason
+        for result in [*results, *running.score(Answer([1], [2], None))]:
+            assert result.status == "failed"
+            assert path in result.reason
+        wait_until(lambda: set(scorers()) == running.before, 10)  # it does not try again
+    finally:
+        running.stop()
+
+
+def test_scorer_model_with_another_vocabulary(model_path, tmp_path):
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    def with_tokenizer(name, words):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in Path(model_path).iterdir():
+            (folder / file.name).symlink_to(file)
+        tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+        return str(folder)
+
+    served = with_tokenizer("served", ["<unk>", "a", "b"])
+    same, other = with_tokenizer("same", ["<unk>", "a", "b"]), with_tokenizer("other", ["<unk>", "b", "a"])
+    answer = Answer(*SAMPLES[0], None)
+    good = Running(ServedModel(model=served, dtype="float32"), scorer_model=same, deadline_seconds=START_SECONDS)
+    bad = Running(ServedModel(model=served, dtype="float32"), scorer_model=other, deadline_seconds=START_SECONDS)
+    try:
+        assert good.score(answer)[0].status == "scored"
+        (result,) = bad.score(answer)
+        assert result.status == "failed"
+        assert "different vocabularies" in result.reason
+        assert bad.service.state.status == "failed"
+    finally:
+        good.stop()
+        bad.stop()
+
+
+PARENT = """
+import asyncio, sys
+from gnuq_serve.service.messages import ScorerConfig
+from gnuq_serve.service.scorer_client import ScorerClient
+import psutil
+
+
+async def main():
+    client = ScorerClient(ScorerConfig(endpoint="", model=sys.argv[1], served_model=sys.argv[1], device="cpu"))
+    client.start()
+    while sys.argv[2] == "ready" and client.state.status != "ready":
+        await asyncio.sleep(0.05)
+    while not (children := psutil.Process().children()):
+        await asyncio.sleep(0.05)
+    print(client.state.status, *(child.pid for child in children), flush=True)
+    await asyncio.sleep(600)
+
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("when", ["starting", "ready"])
+def test_a_killed_server_leaves_no_scorer_behind(model_path, own_temp_folder, when):
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT, model_path, when],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TMPDIR": str(own_temp_folder)},
+    ) as parent:
+        try:
+            state, *pids = parent.stdout.readline().split()
+            assert state == when
+            (pid,) = map(int, pids)
+            assert not gone(pid)
+        finally:
+            os.kill(parent.pid, signal.SIGKILL)
+    wait_until(lambda: gone(pid), START_SECONDS)
+    assert list(own_temp_folder.iterdir()) == []
+
+
+def test_client_alone(model_path):
+    async def go():
+        client = ScorerClient(ScorerConfig(endpoint="", model=model_path, served_model=model_path, device="cpu"))
+        client.start()
+        try:
+            return await client.score([SampleMessage(*SAMPLES[1])], START_SECONDS)
+        finally:
+            await client.stop()
+
+    (result,) = asyncio.run(go())
+    assert (result.status, result.tokens) == ("scored", 1)
