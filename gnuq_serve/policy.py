@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -58,7 +59,8 @@ class Policy:
         otherwise: what is done below both.
 
     Raises:
-        ValueError: an unknown signal, a wrong sign, thresholds in the wrong order, an unknown action.
+        ValueError: an unknown signal, a wrong sign, thresholds not finite or in the wrong order, an unknown
+            action.
     """
 
     signal: str = "p_correct"
@@ -75,6 +77,9 @@ class Policy:
         if negated != (path in _SURER_WHEN_LOWER):
             right = path if negated else f"-{path}"
             raise ValueError(f"signal={self.signal!r} falls as certainty grows; write {right!r}")
+        for name, threshold in (("answer", self.answer), ("escalate", self.escalate)):
+            if threshold is not None and not math.isfinite(threshold):
+                raise ValueError(f"{name}={threshold} must be a finite number")
         if self.escalate is not None and self.escalate >= self.answer:
             raise ValueError(f"escalate={self.escalate} must be below answer={self.answer}")
         if self.otherwise not in get_args(Action):

@@ -25,7 +25,7 @@ Mode = Literal["exact", "answer_only"]
 
 def bernoulli_variance(log_probability: float) -> float:
     """``p (1 - p)`` from ``log p`` (natural logarithm, at most 0), accurate at both ends."""
-    return -math.exp(log_probability) * math.expm1(log_probability)
+    return math.exp(log_probability) * abs(math.expm1(log_probability))  # abs, not minus: no -0.0
 
 
 def log_epistemic(log_probability: float, log_grad_norm_sq: float) -> float:

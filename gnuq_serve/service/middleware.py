@@ -17,7 +17,6 @@ from gnuq_serve.service import metrics
 from gnuq_serve.service.request_plan import ROUTES, InvalidRequestError, RequestPlan, plan_request
 from gnuq_serve.service.response_edit import attach, read_answers
 from gnuq_serve.service.service import UncertaintyService
-from gnuq_serve.uncertainty import Uncertainty
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +92,7 @@ class _Scoring:
     async def _scored(self, body: bytes) -> bytes:
         response: dict[str, Any] = json.loads(body)
         if self._plan.skip is not None:
-            uncertainties = [Uncertainty.skipped(self._plan.skip) for _ in response["choices"]]
+            uncertainties = self._service.skip(len(response["choices"]), self._plan.skip)
         else:
             with metrics.SECONDS.time():
                 uncertainties = await self._service.score(read_answers(self._plan, response))

@@ -69,9 +69,8 @@ def plan_request(route: Route, request: Mapping[str, Any], adapters: Collection[
         return RequestPlan(route, body, skip=reason, keep_token_ids=True, keep_logprobs=True)
     logprobs = request.get("logprobs")
     keep_logprobs = logprobs is not None and logprobs is not False  # completions: 0 is a wish
-    adds_logprobs = not keep_logprobs and not request.get(
-        "top_logprobs"
-    )  # alone it is an error: vLLM's to report
+    # Either of these without logprobs is an error: vLLM's to report.
+    adds_logprobs = not keep_logprobs and not (request.get("top_logprobs") or request.get("logprob_token_ids"))
     body["return_token_ids"] = True
     if adds_logprobs:
         body["logprobs"] = True if route == "chat" else 0

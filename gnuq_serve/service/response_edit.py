@@ -66,7 +66,7 @@ def attach(
         choice["uncertainty"] = uncertainty.to_dict()
         if mirror:
             empty = {"content": None} if plan.route == "chat" else {"tokens": None, "token_logprobs": None}
-            choice["logprobs"] = {**(choice["logprobs"] or empty), "uncertainty": choice["uncertainty"]}
+            choice["logprobs"] = {**(choice.get("logprobs") or empty), "uncertainty": choice["uncertainty"]}
 
 
 def _token_logprobs(logprobs: Mapping[str, Any] | None) -> list[float] | None:

@@ -88,7 +88,10 @@ class ScorerClient:
         for attempt in itertools.count():
             endpoint = f"ipc://{self._directory / f'scorer-{attempt}.sock'}"
             started = time.monotonic()
-            reason = await self._run_once(endpoint)
+            try:
+                reason = await self._run_once(endpoint)
+            except (OSError, msgspec.MsgspecError, zmq.ZMQError) as error:  # no memory to fork, say
+                reason = f"the scorer process could not be run: {error}"
             if self.state.status == "failed":  # a wrong path or model stays wrong
                 logger.error("the scorer can't start, answers go out unscored: %s", self.state.reason)
                 return
@@ -122,6 +125,8 @@ class ScorerClient:
                 self.state = msgspec.json.decode(line, type=ScorerState)
                 if self.state.status == "ready":
                     self._socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
+                    # No bound: a send that waits would be cancelled, not failed, when the socket closes.
+                    self._socket.sndhwm = self._socket.rcvhwm = 0
                     self._socket.connect(endpoint)
                     listener = asyncio.create_task(self._listen(self._socket))
                 self._settled.set()

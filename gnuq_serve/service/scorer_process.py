@@ -6,12 +6,14 @@ closes, that is, when the server that started it is gone.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO
 
 import msgspec
@@ -36,16 +38,17 @@ def main() -> int:
     reports = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     config = msgspec.json.decode(sys.stdin.buffer.readline(), type=ScorerConfig)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(config.endpoint,), daemon=True).start()
     torch.set_num_threads(config.threads)
     try:
         scorer = _load(config)
         scorer.score([Sample([0], [0])])  # warm-up: the first user does not pay for lazy initialisation
+        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
+        socket.sndhwm = socket.rcvhwm = 0  # the deadline bounds the queue; beyond a mark replies would be dropped
+        socket.bind(config.endpoint)
     except Exception as error:  # whatever it is, the server must hear of it
         _report(reports, ScorerState(status="failed", reason=_reason(error)))
         return 1
-    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
-    socket.bind(config.endpoint)
     parameter = next(scorer.model.parameters())
     _report(
         reports,
@@ -107,8 +110,15 @@ def _report(reports: IO[bytes], state: ScorerState) -> None:
     reports.flush()
 
 
-def _end_with_parent() -> None:
-    sys.stdin.buffer.read()
+def _end_with_parent(endpoint: str) -> None:
+    # Not by sys.stdin: its lock, held by a daemon thread, makes the interpreter abort at exit.
+    while os.read(0, 1024):
+        pass
+    folder = Path(endpoint.removeprefix("ipc://")).parent
+    with contextlib.suppress(OSError):
+        for path in folder.glob("scorer-*.sock"):
+            path.unlink()
+        folder.rmdir()
     os._exit(0)  # a pass in progress has nobody to answer to
 
 

@@ -98,8 +98,12 @@ class UncertaintyService:
             if answer is not None and self._served is not None and self._served.raw_logprobs:
                 dtypes = (self._served.dtype, self.state.dtype or self._served.dtype)
                 result = check_log_probability(result, answer.log_probability, *dtypes)
-            results.append(result.replace(id=f"unc-{secrets.token_hex(12)}", seconds=seconds))
+            results.append(result.replace(id=_new_id(), seconds=seconds))
         return results
+
+    def skip(self, answers: int, reason: str) -> list[Uncertainty]:
+        """As many uncertainties without a score, with the reason."""
+        return [Uncertainty.skipped(reason).replace(id=_new_id()) for _ in range(answers)]
 
     async def _ask(self, answers: list[Answer]) -> list[Uncertainty]:
         if self._client is None:
@@ -112,3 +116,8 @@ class UncertaintyService:
         except Exception as error:  # the answer goes out whatever breaks here
             logger.exception("scoring failed")
             return [Uncertainty.failed(f"internal error: {type(error).__name__}")] * len(answers)
+
+
+def _new_id() -> str:
+    # Random: vLLM's response ids are built from a header that clients send.
+    return f"unc-{secrets.token_hex(12)}"

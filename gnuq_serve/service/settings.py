@@ -48,8 +48,8 @@ def load_settings(path: str | None = None) -> Settings:
         return Settings()  # type: ignore[call-arg]
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise SettingsError(f"{CONFIG_VARIABLE}={path}: {error}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingsError(f"{CONFIG_VARIABLE}={path}: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict | None):
         raise SettingsError(
             f"{CONFIG_VARIABLE}={path}: expected a mapping of settings, found {type(data).__name__}"
