@@ -53,7 +53,7 @@ def ask(base_url: str, api_key: str, model: str | None) -> list[dict[str, Any]]:
         api_key=api_key,
         model=model,
         temperature=0,
-        max_tokens=32,
+        max_tokens=24,
         callbacks=[UncertaintyCallbackHandler(policy=POLICY)],
     )
     rows = []
