@@ -99,6 +99,7 @@ class _Recorder:
         self._inputs: dict[int, tuple[Tensor, LayerInput]] = {}
         self._pending: dict[str, LayerInput] = {}
         self._seen: set[str] = set()
+        self._head_ran = False
         self._tied_heads: list[TiedHead] = []
 
     @contextmanager
@@ -113,6 +114,8 @@ class _Recorder:
             yield
         self._inputs.clear()
         idle = [name for name, _, _ in self._coverage.rules if name not in self._seen]
+        if not self._head_ran:
+            idle.append("the head")
         if idle:
             raise RuntimeError(
                 f"{idle[0]} was never called (its weight may be used elsewhere): its share is unknown"
@@ -163,6 +166,7 @@ class _Recorder:
 
     def _head_hook(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         hidden = args[0].detach()
+        self._head_ran = True
 
         def on_gradient(delta: Tensor) -> None:
             counts = [span.stop - span.start for span in self._spans]

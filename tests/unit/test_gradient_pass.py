@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import MistralConfig, Qwen2Config
+from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from gnuq_serve.gradnorm import UnsupportedModelError, cover, gradient_pass, register, registry
@@ -324,6 +325,16 @@ class TestModelsThatAreRefused:
 
         model.model.layers[0].mlp = Functional(model.config).double()
         with pytest.raises(RuntimeError, match=r"mlp\.gate_proj was never called"):
+            norms(model, [([1, 2], [3])])
+
+    def test_head_used_without_its_layer(self, model):
+        class Headless(type(model)):
+            def forward(self, input_ids: Tensor, **options: Any) -> Any:
+                hidden = self.model(input_ids=input_ids).last_hidden_state
+                return CausalLMOutput(logits=nn.functional.linear(hidden, self.lm_head.weight))
+
+        model.__class__ = Headless
+        with pytest.raises(RuntimeError, match="the head was never called"):
             norms(model, [([1, 2], [3])])
 
     def test_layer_called_by_keyword(self, model):
