@@ -7,11 +7,9 @@ import contextlib
 import itertools
 import logging
 import os
-import shutil
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import msgspec
 import zmq
@@ -36,7 +34,8 @@ class ScorerClient:
     def __init__(self, config: ScorerConfig) -> None:
         """Prepare; ``config.endpoint`` is chosen here, in a folder that only this user can enter."""
         self._config = config
-        self._directory = Path(tempfile.mkdtemp(prefix="gnuq-"))
+        # Removed at exit too; where the server is killed, the scorer process removes it.
+        self._directory = tempfile.TemporaryDirectory(prefix="gnuq-", ignore_cleanup_errors=True)
         self._ids = itertools.count()
         self._pending: dict[int, asyncio.Future[list[Uncertainty]]] = {}
         # Set at the first outcome: answers wait for the scorer's first start, but not for a restart.
@@ -57,7 +56,7 @@ class ScorerClient:
                 await self._supervisor
         self.state = ScorerState(status="stopped", reason="the server is shutting down")
         self._settled.set()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        self._directory.cleanup()
 
     async def score(self, samples: list[SampleMessage], timeout: float) -> list[Uncertainty]:  # noqa: ASYNC109
         """Score the answers of one response.
@@ -86,7 +85,7 @@ class ScorerClient:
     async def _supervise(self) -> None:
         backoff = FIRST_BACKOFF_SECONDS
         for attempt in itertools.count():
-            endpoint = f"ipc://{self._directory / f'scorer-{attempt}.sock'}"
+            endpoint = f"ipc://{self._directory.name}/scorer-{attempt}.sock"
             started = time.monotonic()
             try:
                 reason = await self._run_once(endpoint)

@@ -79,7 +79,7 @@ class Running:
 
     @property
     def folder(self):
-        return self.service._client._directory
+        return Path(self.service._client._directory.name)
 
     def stop(self):
         self.call(self.service.stop())
