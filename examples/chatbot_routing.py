@@ -98,6 +98,8 @@ def main() -> int:
             file=sys.stderr,
         )
         return 1
+    except KeyboardInterrupt:
+        return 130
 
     table = Table("Question", "Answer")
     table.add_column("log‖∇ℓ‖²", style="bold", justify="right")  # noqa: RUF001

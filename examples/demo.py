@@ -70,7 +70,11 @@ def serve_and_chat(model: Path, log: Path) -> int:
     command = [str(gnuq_serve), "serve", str(model), "--served-model-name", NAME, *SERVER_OPTIONS]
     command += ["--host", HOST, "--port", str(port)]
     with ManagedServer(command, SERVER_ENV, port, log) as server:
-        wait(server)
+        try:
+            wait(server)
+        except KeyboardInterrupt:
+            console.print("Stopping the server (one that is still loading may take 20 s)")
+            raise
         chatbot = Path(__file__).with_name("chatbot_routing.py")
         # A proxy set for this user must not come between the two.
         env = os.environ | {"NO_PROXY": HOST, "no_proxy": HOST}
