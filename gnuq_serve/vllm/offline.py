@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from gnuq_serve.service.consistency import check_log_probability
 from gnuq_serve.uncertainty import Uncertainty
 from gnuq_serve.vllm.served_model import served_model
 from gnuq_serve.weights.checkpoint import check_same_vocabulary
+
+logger = logging.getLogger(__name__)
 
 
 class UncertaintyLLM:
@@ -84,29 +87,38 @@ class UncertaintyLLM:
         return self._scored(outputs, sampling_params, progress=bool(use_tqdm))
 
     def _scored(self, outputs: list[RequestOutput], asked: Any, *, progress: bool) -> list[RequestOutput]:
-        completions = [(output, completion) for output in outputs for completion in output.outputs]
-        reasons = [_skip_reason(output) for output, _ in completions]
+        asked_each = asked if isinstance(asked, Sequence) else [asked] * len(outputs)
+        completions = [
+            (output, completion, params)
+            for output, params in zip(outputs, asked_each, strict=True)
+            for completion in output.outputs
+        ]
+        reasons = [_skip_reason(output) for output, _, _ in completions]
         samples = [
             Sample(output.prompt_token_ids, list(completion.token_ids))
-            for (output, completion), reason in zip(completions, reasons, strict=True)
+            for (output, completion, _), reason in zip(completions, reasons, strict=True)
             if reason is None
         ]
-        scored = iter(self.scorer.score(samples, on_invalid="fail", progress=progress))
+        scored = iter(self._score(samples, progress=progress))
         dtype = str(next(self.scorer.model.parameters()).dtype).removeprefix("torch.")
-        asked_each = asked if isinstance(asked, Sequence) else [asked] * len(outputs)
-        wants_logprobs = {
-            id(output): params is not None and params.logprobs is not None
-            for output, params in zip(outputs, asked_each, strict=True)
-        }
-        for (output, completion), reason in zip(completions, reasons, strict=True):
+        for (_, completion, params), reason in zip(completions, reasons, strict=True):
             if reason is not None:
                 completion.uncertainty = Uncertainty.skipped(reason)
             else:
-                served = completion.cumulative_logprob if self._served.raw_logprobs else None
+                # With a grammar, vLLM's logprobs are taken after its mask.
+                comparable = self._served.raw_logprobs and getattr(params, "structured_outputs", None) is None
+                served = completion.cumulative_logprob if comparable else None
                 completion.uncertainty = check_log_probability(next(scored), served, self._served.dtype, dtype)
-            if not wants_logprobs[id(output)]:
+            if params is None or params.logprobs is None:
                 completion.logprobs = completion.cumulative_logprob = None
         return outputs
+
+    def _score(self, samples: list[Sample], *, progress: bool) -> list[Uncertainty]:
+        try:
+            return self.scorer.score(samples, on_invalid="fail", progress=progress)
+        except Exception as error:  # out of memory, say: the answers are there and must not be lost
+            logger.exception("%d answers could not be scored", len(samples))
+            return [Uncertainty.failed(f"{type(error).__name__}: {error}"[:500])] * len(samples)
 
 
 def _with_logprobs(params: Any) -> Any:
