@@ -16,17 +16,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from gnuq_serve.demo_model import NAME, OFFLINE, DemoModelError, ensure_demo_model
-from gnuq_serve.managed_server import HOST, ManagedServer, ServerError, free_port
+from gnuq_serve.managed_server import CPU_ENVIRONMENT, HOST, ManagedServer, ServerError, free_port
 
 START_TIMEOUT = 300.0
-# Engine and scorer share two or so cores: one thread each. OpenMP threads spin, and more would fight.
-SERVER_ENV = {
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    **OFFLINE,
-}
 SERVER_OPTIONS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "8"]
 READY = {"/health": "vLLM", "/v1/uncertainty/health": "the scorer"}
 
@@ -69,7 +61,7 @@ def serve_and_chat(model: Path, log: Path) -> int:
     gnuq_serve = Path(sys.executable).with_name("gnuq-serve")
     command = [str(gnuq_serve), "serve", str(model), "--served-model-name", NAME, *SERVER_OPTIONS]
     command += ["--host", HOST, "--port", str(port)]
-    with ManagedServer(command, SERVER_ENV, port, log) as server:
+    with ManagedServer(command, {**CPU_ENVIRONMENT, **OFFLINE}, port, log) as server:
         try:
             wait(server)
         except KeyboardInterrupt:

@@ -17,6 +17,13 @@ from urllib.error import HTTPError
 from urllib.request import ProxyHandler, build_opener
 
 HOST = "127.0.0.1"
+# For vLLM on a CPU with few cores. Engine and scorer take one thread each: OpenMP threads spin, more would fight.
+CPU_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
 
 
 class ServerError(RuntimeError):

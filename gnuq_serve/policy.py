@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -114,7 +113,7 @@ class Policy:
         decision = self.decide(uncertainty)
         if decision.action is None:
             return uncertainty
-        return dataclasses.replace(uncertainty, decision=decision.action, calibration=decision.calibration)
+        return uncertainty.replace(decision=decision.action, calibration=decision.calibration)
 
     def _value(self, uncertainty: Uncertainty) -> float | None:
         path = self.signal.removeprefix("-")

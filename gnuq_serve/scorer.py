@@ -61,6 +61,8 @@ class Scorer:
         config: Any = model.config
         self.vocabulary_size = self._coverage.embedding_weight.shape[0]
         self.context_length: int | None = getattr(config, "max_position_embeddings", None)
+        self.dtype = str(self._coverage.embedding_weight.dtype).removeprefix("torch.")
+        self.device = str(self._coverage.embedding_weight.device)
         self.fingerprint = fingerprint_of(model, self.mode)
 
     @classmethod

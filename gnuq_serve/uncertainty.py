@@ -17,10 +17,12 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_args
 
 Status = Literal["scored", "pending", "skipped", "failed"]
 Mode = Literal["exact", "answer_only"]
+
+_Part = TypeVar("_Part", "Normalized", "Signals", "Uncertainty")
 
 
 def bernoulli_variance(log_probability: float) -> float:
@@ -177,17 +179,17 @@ class Uncertainty:
         Raises:
             ValueError: ``status`` is missing or unknown.
         """
-        if data.get("status") not in {"scored", "pending", "skipped", "failed"}:
+        if data.get("status") not in get_args(Status):
             raise ValueError(
                 f"status is {data.get('status')!r}; expected scored, pending, skipped or failed: "
                 "is this the `uncertainty` object of a response?"
             )
-        known = {f.name for f in dataclasses.fields(cls)}
-        values = {name: value for name, value in data.items() if name in known}
-        values["normalized"] = _read(Normalized, data.get("normalized"))
-        values["signals"] = _read(Signals, data.get("signals"))
-        values["warnings"] = tuple(data.get("warnings") or ())
-        return cls(**values)
+        parts = {
+            "normalized": _read(Normalized, data.get("normalized")),
+            "signals": _read(Signals, data.get("signals")),
+            "warnings": tuple(data.get("warnings") or ()),
+        }
+        return _read(cls, {**data, **parts})
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form: plain dicts, lists, strings, booleans, finite numbers and None."""
@@ -202,6 +204,6 @@ class Uncertainty:
         return dataclasses.replace(self, **changes)
 
 
-def _read(cls: type[Any], data: Mapping[str, Any] | None) -> Any:
+def _read(cls: type[_Part], data: Mapping[str, Any] | None) -> _Part:
     known = {f.name for f in dataclasses.fields(cls)}
     return cls(**{name: value for name, value in (data or {}).items() if name in known})

@@ -57,6 +57,12 @@ def tiny_model() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
+def llama_sizes() -> dict[str, Any]:
+    """The settings of a tiny Llama, which its relatives take as well."""
+    return dict(LLAMA_SIZES)
+
+
+@pytest.fixture(scope="session")
 def tiny_llama(tiny_model: Callable[..., Any]) -> Callable[..., Any]:
     """``tiny_llama(tied, attention_bias, dtype)``; pad token 5, context 64, other settings by keyword."""
     import torch

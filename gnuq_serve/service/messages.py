@@ -10,7 +10,7 @@ import msgspec
 class ScorerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What the scorer process loads and where it listens; one JSON line on its standard input."""
 
-    endpoint: str
+    endpoint: str = ""  # chosen by whoever starts the process
     model: str
     served_model: str
     dtype: str = "auto"

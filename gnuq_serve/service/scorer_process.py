@@ -21,6 +21,7 @@ import setproctitle
 import torch
 import zmq
 
+from gnuq_serve.errors import first_line
 from gnuq_serve.scorer import Sample, Scorer
 from gnuq_serve.service.messages import ScorerConfig, ScoreReply, ScoreRequest, ScorerState
 from gnuq_serve.uncertainty import Uncertainty
@@ -47,16 +48,15 @@ def main() -> int:
         socket.sndhwm = socket.rcvhwm = 0  # the deadline bounds the queue; beyond a mark replies would be dropped
         socket.bind(config.endpoint)
     except Exception as error:  # whatever it is, the server must hear of it
-        _report(reports, ScorerState(status="failed", reason=_reason(error)))
+        _report(reports, ScorerState(status="failed", reason=first_line(error)))
         return 1
-    parameter = next(scorer.model.parameters())
     _report(
         reports,
         ScorerState(
             status="ready",
             model=config.model,
-            dtype=str(parameter.dtype).removeprefix("torch."),
-            device=str(parameter.device),
+            dtype=scorer.dtype,
+            device=scorer.device,
             fingerprint=scorer.fingerprint,
         ),
     )
@@ -99,7 +99,7 @@ def _score(scorer: Scorer, socket: zmq.Socket[bytes], requests: list[tuple[bytes
         results = iter(scorer.score(samples, on_invalid="fail"))
     except Exception as error:  # out of memory, say: this batch fails, the next may not
         logger.exception("a batch of %d answers could not be scored", len(samples))
-        results = iter([Uncertainty.failed(_reason(error))] * len(samples))
+        results = iter([Uncertainty.failed(first_line(error))] * len(samples))
     for sender, request in requests:
         reply = ScoreReply(request.id, [next(results).to_dict() for _ in request.samples])
         socket.send_multipart([sender, msgspec.msgpack.encode(reply)])
@@ -120,11 +120,6 @@ def _end_with_parent(endpoint: str) -> None:
             path.unlink()
         folder.rmdir()
     os._exit(0)  # a pass in progress has nobody to answer to
-
-
-def _reason(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:500] if text else type(error).__name__
 
 
 if __name__ == "__main__":

@@ -30,6 +30,12 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
     config_overrides: dict[str, Any] = {}
     raw_logprobs: bool = True
 
+    def or_instead(self, model: str | None) -> ServedModel:
+        """What the scorer loads: the same, or another checkpoint without this one's revision and overrides."""
+        if model is None or model == self.model:
+            return self
+        return msgspec.structs.replace(self, model=model, revision=None, config_overrides={})
+
 
 class UncertaintyService:
     """Scores answers in the scorer process; never raises and never takes longer than the deadline."""
@@ -48,21 +54,20 @@ class UncertaintyService:
             adapters: names of the LoRA adapters that the server knows at the time of the call.
         """
         settings = self.settings
-        own_model = settings.scorer_model is not None and settings.scorer_model != served.model
+        scored = served.or_instead(settings.scorer_model)
         self._served = served
         self._adapters = adapters
         self._client = ScorerClient(
             ScorerConfig(
-                endpoint="",
-                model=settings.scorer_model or served.model,
+                model=scored.model,
                 served_model=served.model,
                 dtype=served.dtype if settings.scorer_dtype == "auto" else settings.scorer_dtype,
                 device=settings.scorer_device,
                 threads=settings.scorer_threads,
                 max_batch_tokens=settings.max_batch_tokens,
-                revision=None if own_model else served.revision,
-                trust_remote_code=served.trust_remote_code,
-                config_overrides={} if own_model else served.config_overrides,
+                revision=scored.revision,
+                trust_remote_code=scored.trust_remote_code,
+                config_overrides=scored.config_overrides,
             )
         )
         self._client.start()

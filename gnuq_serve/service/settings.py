@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
 CONFIG_VARIABLE = "GNUQ_CONFIG"
 
@@ -45,7 +46,7 @@ def load_settings(path: str | None = None) -> Settings:
     """
     path = path or os.environ.get(CONFIG_VARIABLE)
     if not path:
-        return Settings()  # type: ignore[call-arg]
+        return Settings.model_validate({})
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -60,11 +61,10 @@ def load_settings(path: str | None = None) -> Settings:
         raise SettingsError(f"{CONFIG_VARIABLE}={path}: " + "; ".join(map(_explain, error.errors()))) from error
 
 
-def _explain(problem: object) -> str:
-    details = dict(problem)  # type: ignore[call-overload]
-    key = ".".join(map(str, details["loc"]))
-    if details["type"] != "extra_forbidden":
-        return f"{key}: {details['msg']}"
+def _explain(problem: ErrorDetails) -> str:
+    key = ".".join(map(str, problem["loc"]))
+    if problem["type"] != "extra_forbidden":
+        return f"{key}: {problem['msg']}"
     near = difflib.get_close_matches(key, Settings.model_fields, n=1)
     return f"unknown key {key!r}" + (
         f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(Settings.model_fields)}"

@@ -40,20 +40,20 @@ class UncertaintyLLM:
             CheckpointError: the scorer's checkpoint can't be loaded, or has another vocabulary.
             UnsupportedModelError: a module of the model has no gradient-norm rule.
         """
-        own_model = scorer_model is not None and scorer_model != model
-        if own_model:  # before the engine takes its time to start
+        if scorer_model not in (None, model):  # before the engine takes its time to start
             check_same_vocabulary(
                 str(scorer_model), model, trust_remote_code=vllm_args.get("trust_remote_code", False)
             )
         self.llm = LLM(model=model, **vllm_args)
         self._served = served_model(self.llm.model_config)
+        scored = self._served.or_instead(scorer_model)
         self.scorer = Scorer.from_pretrained(
-            scorer_model or self._served.model,
-            dtype=self._served.dtype,
+            scored.model,
+            dtype=scored.dtype,
             device=scorer_device,
-            revision=None if own_model else self._served.revision,
-            trust_remote_code=self._served.trust_remote_code,
-            config_overrides={} if own_model else self._served.config_overrides,
+            revision=scored.revision,
+            trust_remote_code=scored.trust_remote_code,
+            config_overrides=scored.config_overrides,
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -100,7 +100,6 @@ class UncertaintyLLM:
             if reason is None
         ]
         scored = iter(self._score(samples, progress=progress))
-        dtype = str(next(self.scorer.model.parameters()).dtype).removeprefix("torch.")
         for (_, completion, params), reason in zip(completions, reasons, strict=True):
             if reason is not None:
                 completion.uncertainty = Uncertainty.skipped(reason)
@@ -108,7 +107,9 @@ class UncertaintyLLM:
                 # With a grammar, vLLM's logprobs are taken after its mask.
                 comparable = self._served.raw_logprobs and getattr(params, "structured_outputs", None) is None
                 served = completion.cumulative_logprob if comparable else None
-                completion.uncertainty = check_log_probability(next(scored), served, self._served.dtype, dtype)
+                completion.uncertainty = check_log_probability(
+                    next(scored), served, self._served.dtype, self.scorer.dtype
+                )
             if params is None or params.logprobs is None:
                 completion.logprobs = completion.cumulative_logprob = None
         return outputs

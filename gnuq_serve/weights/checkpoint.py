@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from gnuq_serve.errors import first_line
+
 
 class CheckpointError(ValueError):
     """The checkpoint can't be used for scoring; the message names the argument and the remedy."""
@@ -46,7 +48,7 @@ def load_checkpoint(
         config = AutoConfig.from_pretrained(path, **source, **dict(config_overrides or {}))
     except (OSError, ValueError, StrictDataclassError) as error:
         raise CheckpointError(
-            f"model={path!r} can't be loaded: no usable config.json there ({_line(error)})"
+            f"model={path!r} can't be loaded: no usable config.json there ({first_line(error)})"
         ) from error
     if getattr(config, "quantization_config", None) is not None:
         raise CheckpointError(
@@ -57,7 +59,7 @@ def load_checkpoint(
             path, config=config, dtype=torch_dtype or "auto", output_loading_info=True, **source
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # a damaged file; other shapes
-        raise CheckpointError(f"model={path!r} can't be loaded: {_line(error)}") from error
+        raise CheckpointError(f"model={path!r} can't be loaded: {first_line(error)}") from error
     # transformers fills absent tensors with random numbers and only logs it.
     if report["missing_keys"] or report["mismatched_keys"]:
         absent = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
@@ -99,7 +101,7 @@ def parse_device(device: str | torch.device) -> torch.device:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise CheckpointError(
-            f"device={str(device)!r} can't be used here ({_line(error)}); use auto or cpu"
+            f"device={str(device)!r} can't be used here ({first_line(error)}); use auto or cpu"
         ) from error
 
 
@@ -114,15 +116,10 @@ def check_same_vocabulary(scored: str, served: str, *, trust_remote_code: bool =
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"the tokenizer of {path!r} can't be loaded: {_line(error)}") from error
+            raise CheckpointError(f"the tokenizer of {path!r} can't be loaded: {first_line(error)}") from error
         vocabularies.append(tokenizer.get_vocab())
     if vocabularies[0] != vocabularies[1]:
         raise CheckpointError(
             f"the scorer's model {scored!r} ({len(vocabularies[0])} tokens) and the served model {served!r} "
             f"({len(vocabularies[1])} tokens) have different vocabularies: score with the served model's weights"
         )
-
-
-def _line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -7,17 +7,11 @@ from pathlib import Path
 
 import httpx
 
-from gnuq_serve.managed_server import HOST
+from gnuq_serve.demo_model import NAME, OFFLINE
+from gnuq_serve.managed_server import CPU_ENVIRONMENT, HOST
 
-NAME = "SmolLM2-135M-Instruct"
 KEY = "test-key"
-ENV = {
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1",
-}
+ENV = {**CPU_ENVIRONMENT, **OFFLINE}
 OPTIONS = ["--served-model-name", NAME, "--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"]
 OPTIONS += ["--max-num-seqs", "8", "--api-key", KEY, "--host", HOST]
 GNUQ_SERVE = str(Path(sys.executable).with_name("gnuq-serve"))

@@ -42,20 +42,7 @@ MODELS = (
 
 
 @pytest.fixture(scope="module")
-def build(tiny_model, tiny_llama, tiny_gpt2) -> Callable[[str, torch.dtype], Any]:
-    sizes = {
-        "vocab_size": 101,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": PAD,
-    }
-
+def build(tiny_model, tiny_llama, tiny_gpt2, llama_sizes) -> Callable[[str, torch.dtype], Any]:
     def make(name: str, dtype: torch.dtype) -> Any:
         family, tied = name.removesuffix(", tied"), name.endswith(", tied")
         match family:
@@ -67,9 +54,9 @@ def build(tiny_model, tiny_llama, tiny_gpt2) -> Callable[[str, torch.dtype], Any
                 return tiny_gpt2(tied, dtype=dtype)
             case "mistral":
                 # A window shorter than the long sample.
-                config = MistralConfig(**sizes, sliding_window=8, tie_word_embeddings=tied)
+                config = MistralConfig(**llama_sizes, sliding_window=8, tie_word_embeddings=tied)
             case "qwen2":
-                config = Qwen2Config(**sizes, tie_word_embeddings=tied)
+                config = Qwen2Config(**llama_sizes, tie_word_embeddings=tied)
         return tiny_model(config, dtype)
 
     return make
