@@ -154,7 +154,7 @@ def check(path: str, options: CheckOptions | None = None) -> Report:
         memory={
             "bytes_per_token": memory.per_token,
             "bytes_per_pair": memory.per_pair,
-            "bytes_per_answer_token": memory.per_answer_token,
+            "bytes_per_answer_token": memory.head_bytes(100) / 100,
         },
         sample=described,
         mode=options.mode,

@@ -30,6 +30,10 @@ def load(folder: Path) -> tuple[Any, Any]:
     file = assemble(folder / "gemma3-270m.gguf")
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32)
+    # The weights are plain float32 by now; the model would still take itself for a quantised one.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
     return model.eval(), tokenizer
 
 

@@ -109,7 +109,8 @@ def cover(model: nn.Module) -> Coverage:
             if module in (head, embedding, model, getattr(model, "base_model", None)):
                 raise UnsupportedModelError(
                     f"{type(model).__name__}: no gradient-norm rule for {name or 'the root'} "
-                    f"({type(module).__name__}: {', '.join(sorted(own))}). Register one for its type with gnuq_serve.gradnorm.register"
+                    f"({type(module).__name__}: {', '.join(sorted(own))}). "
+                    "Register one for its type with gnuq_serve.gradnorm.register"
                 )
             rule = slow_rule(frozenset(own))
         if rule.obstacle is not None and (problem := rule.obstacle(module)) is not None:

@@ -27,7 +27,9 @@ class Gram:
 
     def inner(self, rows: Tensor) -> Tensor:
         """``||b^T a||^2`` for each sample, (B,), from ``b`` (B, T, d')."""
-        products = [(mine * strip).sum((1, 2)) for mine, strip in zip(self._strips, _lower_half(rows), strict=True)]
+        products = [
+            (mine * strip).sum((1, 2)) for mine, strip in zip(self._strips, _lower_half(rows), strict=True)
+        ]
         return torch.stack(products).sum(0)
 
 

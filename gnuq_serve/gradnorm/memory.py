@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from gnuq_serve.gradnorm.backward import graph
 from gnuq_serve.gradnorm.batch import Batch
 from gnuq_serve.gradnorm.coverage import Coverage
+from gnuq_serve.gradnorm.layer_call import accumulation_dtype
+from gnuq_serve.gradnorm.linear import TILE_BYTES
 from gnuq_serve.gradnorm.prefix import PrefixCache
-from gnuq_serve.gradnorm.recorder import Recorder
+from gnuq_serve.gradnorm.recorder import MIN_HEAD_ROWS, Recorder
 from gnuq_serve.gradnorm.token_probability import token_log_probabilities
 
 # A cache-sized working set is as fast as a larger one on a CPU, and the engine beside us wants its memory.
@@ -34,7 +36,9 @@ class MemoryModel:
     Attributes:
         per_token: activations of all layers for one position.
         per_pair: for a query and a key: 0 where fused attention never forms their matrix.
-        per_answer_token: logits and their gradient.
+        logits: of one answer token, in the model's dtype.
+        wide_logits: the same in the dtype that sums run in.
+        head_gradient: the largest piece of the head's weight gradient that SemGrad's relatives form.
         blocks: number of decoder blocks.
         per_boundary: one position's hidden state between two blocks.
         window: length past which layers with a sliding window need a mask; None where no layer has one.
@@ -46,7 +50,9 @@ class MemoryModel:
 
     per_token: float
     per_pair: float
-    per_answer_token: int
+    logits: int
+    wide_logits: int
+    head_gradient: int
     blocks: int
     per_boundary: int
     window: int | None = None
@@ -64,6 +70,7 @@ class MemoryModel:
         prefix: int = 0,
         recompute: int = 0,
         at_once: int = 1,
+        semantic: bool = False,
     ) -> int:
         """Peak of a pass over ``samples`` sequences padded to ``positions``, of ``answer_tokens`` in all.
 
@@ -76,17 +83,23 @@ class MemoryModel:
         pairs = (self.per_pair_windowed if windowed else self.per_pair) * positions * length
         kept = self.per_token * positions + self.per_prefix_token * prefix + pairs
         blocks = max(1, self.blocks)
+        # What runs again does so after the blocks above it have gone.
+        at_a_time = max(blocks - recompute, 1) / blocks
+        side_by_side = self.per_cached_token * prefix if samples > 1 else 0
+        each = at_a_time * kept + recompute * positions * self.per_boundary + side_by_side
         # The gradient on its way through one block takes about as much as the block keeps, or has kept; an
         # unfused softmax takes its matrix a second time.
-        on_the_way = at_once * (kept + pairs)
-        boundaries = recompute * positions * self.per_boundary
-        side_by_side = self.per_cached_token * prefix if samples > 1 else 0
-        # What runs again does so after the blocks above it have gone.
-        at_a_time = max(blocks - recompute, 1)
-        each = (at_a_time * kept + on_the_way) / blocks + boundaries + side_by_side
+        on_the_way = samples * at_once * (kept + pairs) / blocks + answer_tokens * self.logits
         # Before it the prefixes are computed, one at a time; unfused, scores become probabilities in three steps.
         computing = (self.per_token * prefix + 3 * self.per_pair_in_prefix * prefix**2) / blocks
-        return int(max(samples * each + answer_tokens * self.per_answer_token, computing))
+        return int(max(samples * each + max(on_the_way, self.head_bytes(answer_tokens, semantic)), computing))
+
+    def head_bytes(self, answer_tokens: int, semantic: bool = False) -> int:
+        """Peak at the head: logits, then their gradient, and what turns them into probabilities tile by tile."""
+        logits = max(answer_tokens, MIN_HEAD_ROWS) * self.logits
+        tile = min(answer_tokens * self.wide_logits, TILE_BYTES)
+        head_gradient = self.head_gradient if semantic else 0
+        return max(logits + 3 * tile, 2 * logits + max(2 * tile, head_gradient))
 
 
 def measure(model: nn.Module, coverage: Coverage, *, answer_only: bool = False) -> MemoryModel:
@@ -115,11 +128,13 @@ def measure(model: nn.Module, coverage: Coverage, *, answer_only: bool = False) 
         if window <= longest:  # then the first fit saw some lengths with masks and some without
             per_pair = windowed
         rest |= {"window": window, "per_pair_windowed": windowed}
-    # Logits and their gradient in the model's dtype, and one more in float32 while it is made.
+    wide = accumulation_dtype(weight).itemsize
     return MemoryModel(
         per_token=max(per_token, 1.0),
         per_pair=per_pair,
-        per_answer_token=vocabulary * (2 * weight.element_size() + 4),
+        logits=vocabulary * weight.element_size(),
+        wide_logits=vocabulary * wide,
+        head_gradient=min(vocabulary * width * wide, TILE_BYTES),
         blocks=len(coverage.blocks),
         per_boundary=width * weight.element_size(),
         **rest,

@@ -80,6 +80,7 @@ class PassRunner:
         self._max_batch_tokens = max_batch_tokens
         self._position = position
         self._memories: dict[bool, MemoryModel] = {}
+        self._kept = 0  # bytes of prefixes
 
     def memory_in(self, answer_only: bool) -> MemoryModel:
         """What a pass takes, measured at first use."""
@@ -92,21 +93,23 @@ class PassRunner:
     ) -> Iterator[list[Measured | OutOfMemory]]:
         """Score all samples; yields each batch as it is done."""
         task = Task(answer_only, trace, semantic and not answer_only)
+        self._kept = self.prefixes.nbytes
         overhead = PASS_OVERHEAD.get(self._coverage.embedding_weight.device.type, 0)
-        for batch in batches(samples, answer_only, overhead, lambda size: self._fits(size, answer_only)):
+        for batch in batches(samples, answer_only, overhead, lambda size: self._fits(size, task)):
             yield self._attempt(samples, batch, task)
+            self._kept = self.prefixes.nbytes
 
-    def _fits(self, size: Size, answer_only: bool) -> bool:
+    def _fits(self, size: Size, task: Task) -> bool:
         if self._coverage.slow:
             return False  # one sample at a time
         if self._max_batch_tokens is not None and size.padded > self._max_batch_tokens:
             return False
-        return self._bytes(size, answer_only) <= self._budget
+        return self._bytes(size, task) <= self._budget
 
-    def _bytes(self, size: Size, answer_only: bool, *, recompute: int = 0, at_once: int = 1) -> int:
+    def _bytes(self, size: Size, task: Task, *, recompute: int = 0, at_once: int = 1) -> int:
         """What a pass takes, and beside it the prefixes: those in the cache, or more where it can't keep them."""
-        memory = self.memory_in(answer_only)
-        prefixes = max(self.prefixes.nbytes, int(size.prompts * size.prefix * memory.per_cached_token))
+        memory = self.memory_in(task.answer_only)
+        prefixes = max(self._kept, int(size.prompts * size.prefix * memory.per_cached_token))
         return prefixes + memory.bytes(
             size.longest,
             size.samples,
@@ -114,6 +117,7 @@ class PassRunner:
             prefix=size.prefix,
             recompute=recompute,
             at_once=at_once,
+            semantic=task.semantic,
         )
 
     def _recompute(self, size: Size, task: Task, sparing: bool) -> int:
@@ -121,7 +125,7 @@ class PassRunner:
         every = len(self._coverage.blocks)
         if sparing:
             return every
-        fitting = (n for n in range(every) if self._bytes(size, task.answer_only, recompute=n) <= self._budget)
+        fitting = (n for n in range(every) if self._bytes(size, task, recompute=n) <= self._budget)
         return next(fitting, every)
 
     def _attempt(
@@ -176,7 +180,7 @@ class PassRunner:
         while (
             not sparing
             and at_once < MAX_TRACE_AT_ONCE
-            and self._bytes(size, task.answer_only, recompute=recompute, at_once=at_once + 1) <= self._budget
+            and self._bytes(size, task, recompute=recompute, at_once=at_once + 1) <= self._budget
         ):
             at_once += 1
         norms = token_grad_norms(

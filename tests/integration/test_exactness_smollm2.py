@@ -73,6 +73,11 @@ def scores64(oracle: Oracle, samples: list[Sample]) -> list[tuple[float, float]]
     return [oracle.score(s.prompt_ids, s.answer_ids) for s in samples]
 
 
+@pytest.fixture(scope="module")
+def trace64(oracle: Oracle, samples: list[Sample]) -> list[float]:
+    return oracle.token_grad_norms(samples[1].prompt_ids, samples[1].answer_ids)
+
+
 def run(model: Any, coverage: Coverage, samples: list[Sample]) -> tuple[list[float], list[float]]:
     result = gradient_pass(model, coverage, [(s.prompt_ids, s.answer_ids) for s in samples])
     totals = [log_probabilities.double().sum().item() for log_probabilities in result.token_log_probabilities]
@@ -108,11 +113,13 @@ def test_float64(model64, samples, scores64):
     assert worst("single, float64", single, expected) <= 1e-9
 
 
-def test_trace_float64(model64, samples, oracle):
+def test_trace(model64, model32, samples, trace64):
     ids = (samples[1].prompt_ids, samples[1].answer_ids)
-    expected = oracle.token_grad_norms(*ids)
     norms = token_grad_norms(model64, cover(model64), ids, group=4, at_once=3)
-    assert worst("trace, float64", norms.tolist(), expected) <= 1e-9
+    assert worst("trace, float64", norms.tolist(), trace64) <= 1e-9
+    # Not autograd in float32: it takes 1 - p from a p of almost one, which costs that token's norm 1e-3.
+    norms = token_grad_norms(model32, cover(model32), ids)
+    assert worst("trace, float32 against float64", norms.tolist(), trace64) <= 2e-4
 
 
 def test_answer_only_float64(model64, samples, oracle):
@@ -149,9 +156,6 @@ def test_float32(model32, samples, scores64):
     assert worst("batch, float32 against float64", batch, double) <= 2e-4
     assert worst("single, float32 against float64", single, double) <= 2e-4
     assert worst("batch against single, float32", batch, single) <= 2e-5
-    ids = (samples[1].prompt_ids, samples[1].answer_ids)
-    trace = token_grad_norms(model32, coverage, ids)
-    assert worst("trace, float32 against float32", trace.tolist(), oracle.token_grad_norms(*ids)) <= 5e-5
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -14,6 +14,8 @@ SIZES = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "m
 KINDS = {
     "llama": ("llama", SIZES),
     "llama, eager attention": ("llama", SIZES | {"attn_implementation": "eager"}),
+    "llama, large vocabulary": ("llama", SIZES | {"vocab_size": 20_000}),
+    "llama, large vocabulary, bfloat16": ("llama", SIZES | {"vocab_size": 20_000}),
     "gpt2": ("gpt2", SIZES),
     "gemma3, windows": (
         "gemma3_text",
@@ -25,7 +27,7 @@ KINDS = {
 
 def build(name):
     family, settings = KINDS[name]
-    model = tiny(family, tied=True, dtype=torch.float32, **settings)
+    model = tiny(family, tied=True, dtype=torch.bfloat16 if "bfloat16" in name else torch.float32, **settings)
     return model, cover(model)
 
 
@@ -56,6 +58,13 @@ def test_exact(any_kind, samples, positions, answer):
     model, coverage = any_kind
     said = measure(model, coverage).bytes(positions, samples, samples * answer)
     taken = peak(model, lambda: gradient_pass(model, coverage, pairs(samples, positions, answer)))
+    assert 0.95 < said / taken < 1.3
+
+
+def test_semantic(any_kind):
+    model, coverage = any_kind
+    said = measure(model, coverage).bytes(60, 2, 2 * 30, semantic=True)
+    taken = peak(model, lambda: gradient_pass(model, coverage, pairs(2, 60, 30), semantic=True))
     assert 0.95 < said / taken < 1.3
 
 

@@ -44,7 +44,7 @@ def llama_norms(llama):
 @pytest.mark.parametrize(("group", "at_once"), [(1, 1), (2, 8), (3, 2), (7, 7), (16, 1), (16, 8)])
 def test_any_grouping_gives_the_same(llama, llama_norms, group, at_once, recompute):
     coverage = cover(llama)
-    for sample, expected in zip(SAMPLES, llama_norms, strict=True):
+    for sample, expected in zip(SAMPLES[::2], llama_norms[::2], strict=True):
         norms = token_grad_norms(llama, coverage, sample, group=group, at_once=at_once, recompute=recompute)
         assert worst(norms, expected) <= 1e-9
 
