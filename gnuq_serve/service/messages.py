@@ -33,23 +33,23 @@ class ScorerState(msgspec.Struct, frozen=True, kw_only=True):
     fingerprint: str | None = None
 
 
-class SampleMessage(msgspec.Struct, frozen=True):
-    """One answer to score."""
-
-    prompt_ids: list[int]
-    answer_ids: list[int]
-
-
-class ScoreRequest(msgspec.Struct, frozen=True):
-    """The answers of one response. ``deadline`` is on the machine's monotonic clock, in seconds."""
+class ScoreRequest(msgspec.Struct, frozen=True, tag="score"):
+    """One answer to score. ``deadline`` is on the machine's monotonic clock, in seconds."""
 
     id: int
-    samples: list[SampleMessage]
+    prompt_ids: list[int]
+    answer_ids: list[int]
     deadline: float
 
 
-class ScoreReply(msgspec.Struct, frozen=True):
-    """One uncertainty in JSON form for each sample of the request."""
+class CancelRequest(msgspec.Struct, frozen=True, tag="cancel"):
+    """Nobody waits for this answer's score any more."""
 
     id: int
-    results: list[dict[str, Any]]
+
+
+class ScoreReply(msgspec.Struct, frozen=True):
+    """The uncertainty of one answer, in JSON form."""
+
+    id: int
+    result: dict[str, Any]

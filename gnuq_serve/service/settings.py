@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from pathlib import Path
+from typing import Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -30,6 +31,24 @@ class Settings(BaseModel):
     scorer_threads: int = Field(1, ge=1, description="CPU threads of the scorer process.")
     max_batch_tokens: int = Field(2048, ge=1, description="Padded positions in one gradient pass.")
     deadline_seconds: float = Field(30.0, gt=0, description="Longest that an answer waits for its score.")
+    background_deadline_seconds: float = Field(
+        300.0, gt=0, description="Longest that a score with `wait: false` may take."
+    )
+    max_queue: int = Field(
+        256, ge=1, description="Answers that may wait for a score at a time, for each API server process."
+    )
+    on_overload: Literal["skip", "wait"] = Field(
+        "skip",
+        description="When the queue is full: skip the score, or wait for a place until the deadline.",
+    )
+    max_score_tokens: int = Field(
+        8192, ge=2, description="Longest prompt and answer together that is scored; longer ones are skipped."
+    )
+    keep_results: int = Field(10_000, ge=0, description="How many results GET /v1/uncertainty/{id} knows.")
+    keep_results_seconds: float = Field(86_400.0, gt=0, description="How long it knows them.")
+    results_path: str | None = Field(
+        None, description="SQLite file of the results; by default one for each server in a folder of its user."
+    )
     mirror_in_logprobs: bool = Field(
         True, description="Put the object into choices[i].logprobs too, where stock OpenAI clients keep it."
     )
