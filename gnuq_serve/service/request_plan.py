@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from gnuq_serve.uncertainty import Mode
+
 Route = Literal["chat", "completion"]
 
 ROUTES: dict[str, Route] = {"/v1/chat/completions": "chat", "/v1/completions": "completion"}
@@ -24,9 +26,9 @@ _MEDIA_PARTS = (
 )
 # Option of the request's field -> the values it may have; the first is the default.
 _OPTIONS: dict[str, tuple[Any, ...]] = {
-    "mode": ("exact",),
-    "trace": (False,),
-    "semantic": (False,),
+    "mode": (None, "exact", "answer_only"),
+    "trace": (False, True),
+    "semantic": (False, True),
     "thinking": (False, True),
     "wait": (True, False),
 }
@@ -43,10 +45,16 @@ class ScoreOptions:
     Attributes:
         wait: hold the end of the response until the score is there; else it is ``pending``.
         thinking: score the thinking of a reasoning model too, apart from its answer.
+        mode: ``exact`` or ``answer_only``; None: the operator's.
+        trace: each answer token by itself too.
+        semantic: SemGrad and its relatives too.
     """
 
     wait: bool = True
     thinking: bool = False
+    mode: Mode | None = None
+    trace: bool = False
+    semantic: bool = False
 
 
 DEFAULT_OPTIONS = ScoreOptions()
@@ -161,10 +169,9 @@ def read_options(value: Any) -> ScoreOptions | None:
         if allowed is None:
             raise InvalidRequestError(f"uncertainty.{option} is unknown; options: {', '.join(_OPTIONS)}")
         if not any(chosen is one or (isinstance(one, str) and chosen == one) for one in allowed):
-            raise InvalidRequestError(
-                f"uncertainty.{option}={chosen!r:.80} is not supported; use {' or '.join(map(repr, allowed))}"
-            )
-    return ScoreOptions(wait=value.get("wait", True), thinking=value.get("thinking", False))
+            right = " or ".join(repr(one) for one in allowed if one is not None)
+            raise InvalidRequestError(f"uncertainty.{option}={chosen!r:.80} is not supported; use {right}")
+    return ScoreOptions(**value)
 
 
 def _skip_reason(

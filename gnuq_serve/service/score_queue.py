@@ -24,7 +24,7 @@ class Entry(Generic[Sender]):
 
 
 class ScoreQueue(Generic[Sender]):
-    """First come, first served, in the company of those of similar length."""
+    """First come, first served, in the company of those of similar length that are scored the same way."""
 
     def __init__(self, max_batch_tokens: int) -> None:
         """An empty queue.
@@ -60,7 +60,8 @@ class ScoreQueue(Generic[Sender]):
         batch: list[Entry[Sender]] = []
         longest = 0
         # The sort is stable: of two that fit as well, the one that has waited longer.
-        for entry in sorted(self._waiting.values(), key=lambda entry: abs(entry.length - oldest.length)):
+        alike = [entry for entry in self._waiting.values() if entry.request.scoring == oldest.request.scoring]
+        for entry in sorted(alike, key=lambda entry: abs(entry.length - oldest.length)):
             longest = max(longest, entry.length)
             if batch and (len(batch) + 1) * longest > self._max_batch_tokens:
                 break

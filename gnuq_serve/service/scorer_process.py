@@ -73,6 +73,7 @@ def _load(config: ScorerConfig) -> Scorer:
         trust_remote_code=config.trust_remote_code,
         config_overrides=config.config_overrides,
         max_batch_tokens=config.max_batch_tokens,
+        memory_budget=config.memory_budget,
     )
 
 
@@ -105,8 +106,9 @@ def _score(scorer: Scorer, batch: list[Entry[bytes]]) -> list[Uncertainty]:
     samples = [Sample(entry.request.prompt_ids, entry.request.answer_ids) for entry in batch]
     if not samples:
         return []
+    scoring = batch[0].request.scoring  # the same for the whole batch
     try:
-        return scorer.score(samples, on_invalid="fail")
+        return scorer.score(samples, on_invalid="fail", **msgspec.structs.asdict(scoring))
     except Exception as error:  # out of memory, say
         logger.exception("a batch of %d answers could not be scored", len(samples))
         if len(samples) == 1:

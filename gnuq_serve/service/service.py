@@ -14,7 +14,7 @@ import msgspec
 
 from gnuq_serve.service.answer import Answer, Span, ThinkingLength
 from gnuq_serve.service.consistency import check_log_probability
-from gnuq_serve.service.messages import ScorerConfig, ScorerState
+from gnuq_serve.service.messages import ScorerConfig, ScorerState, Scoring
 from gnuq_serve.service.request_plan import DEFAULT_OPTIONS, ScoreOptions
 from gnuq_serve.service.result_store import ResultStore, ResultStoreError, default_path
 from gnuq_serve.service.scorer_client import DeadlineError, QueueFullError, ScorerClient, ScorerUnavailableError
@@ -93,6 +93,7 @@ class UncertaintyService:
                 device=settings.scorer_device,
                 threads=settings.scorer_threads,
                 max_batch_tokens=settings.max_batch_tokens,
+                memory_budget=settings.memory_budget,
                 revision=scored.revision,
                 trust_remote_code=scored.trust_remote_code,
                 config_overrides=scored.config_overrides,
@@ -166,7 +167,9 @@ class UncertaintyService:
         spans = {"answer": answer.answer_span}
         if options.thinking:
             spans["thinking"] = answer.thinking_span
-        scores = await asyncio.gather(*(self._score_span(span, deadline_seconds) for span in spans.values()))
+        scores = await asyncio.gather(
+            *(self._score_span(span, options, deadline_seconds) for span in spans.values())
+        )
         by_name = {
             name: score.replace(span=name if score.span else None)
             for name, score in zip(spans, scores, strict=True)
@@ -182,7 +185,7 @@ class UncertaintyService:
             result["thinking"] = None if spans["thinking"] is None else by_name["thinking"].to_dict()
         return result
 
-    async def _score_span(self, span: Span | None, deadline_seconds: float) -> Uncertainty:
+    async def _score_span(self, span: Span | None, options: ScoreOptions, deadline_seconds: float) -> Uncertainty:
         if span is None:
             return Uncertainty.skipped("there is no answer after the thinking")
         tokens, most = len(span.prompt_ids) + len(span.answer_ids), self.settings.max_score_tokens
@@ -190,8 +193,9 @@ class UncertaintyService:
             return Uncertainty.skipped(f"prompt and answer have {tokens} tokens (max_score_tokens={most})")
         if self._client is None or self.served is None:
             return Uncertainty.failed("the scorer is not started yet")
+        scoring, warnings = self._scoring(options, len(span.answer_ids))
         try:
-            result = await self._client.score(span.prompt_ids, span.answer_ids, deadline_seconds)
+            result = await self._client.score(span.prompt_ids, span.answer_ids, deadline_seconds, scoring)
         except (QueueFullError, DeadlineError) as error:
             return Uncertainty.skipped(str(error))
         except ScorerUnavailableError as error:
@@ -199,10 +203,26 @@ class UncertaintyService:
         except Exception as error:  # the answer goes out whatever breaks here
             logger.exception("scoring failed")
             return Uncertainty.failed(f"internal error: {type(error).__name__}")
+        if result.status == "scored":
+            result = result.replace(warnings=(*result.warnings, *warnings))
         if not self.served.raw_logprobs:
             return result
         dtypes = (self.served.dtype, self.state.dtype or self.served.dtype)
         return check_log_probability(result, span.log_probability, *dtypes)
+
+    def _scoring(self, options: ScoreOptions, answer_tokens: int) -> tuple[Scoring, list[str]]:
+        """What the scorer is asked to do, and warnings of what the operator does not allow."""
+        settings, warnings = self.settings, []
+        trace, semantic = options.trace, options.semantic
+        if trace and answer_tokens > settings.max_trace_tokens:
+            trace = False
+            warnings.append(
+                f"no trace: the answer has {answer_tokens} tokens (max_trace_tokens={settings.max_trace_tokens})"
+            )
+        if semantic and not settings.allow_semantic:
+            semantic = False
+            warnings.append("no semantic signals: not allowed here (allow_semantic=false)")
+        return Scoring(options.mode or settings.mode, trace, semantic), warnings
 
     async def _score_later(self, answer: Answer | None, options: ScoreOptions, result_id: str) -> dict[str, Any]:
         pending = Uncertainty(status="pending", id=result_id).to_dict()

@@ -11,6 +11,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
+from gnuq_serve.uncertainty import Mode
+
 CONFIG_VARIABLE = "GNUQ_CONFIG"
 
 
@@ -29,7 +31,21 @@ class Settings(BaseModel):
     scorer_dtype: str = Field("auto", description="Dtype of the scorer's weights; auto: as served.")
     scorer_device: str = Field("auto", description="Device of the scorer, such as cpu or cuda:1.")
     scorer_threads: int = Field(1, ge=1, description="CPU threads of the scorer process.")
+    mode: Mode = Field(
+        "exact",
+        description="How answers are scored unless a request says otherwise: exact, or answer_only (the prompt's "
+        "keys and values are constants: cheaper on long prompts, another number).",
+    )
+    max_trace_tokens: int = Field(
+        256, ge=0, description="Longest answer whose tokens are scored one by one on request; 0 forbids it."
+    )
+    allow_semantic: bool = Field(True, description="Clients may ask for SemGrad and its relatives.")
     max_batch_tokens: int = Field(2048, ge=1, description="Padded positions in one gradient pass.")
+    memory_budget: str | None = Field(
+        None,
+        description="Memory of a gradient pass beyond the weights, such as 2GiB; by default half of what is "
+        "free, on a CPU 2 GiB at most.",
+    )
     deadline_seconds: float = Field(30.0, gt=0, description="Longest that an answer waits for its score.")
     background_deadline_seconds: float = Field(
         300.0, gt=0, description="Longest that a score with `wait: false` may take."

@@ -610,3 +610,33 @@ def test_where_results_cannot_be_kept_only_the_pending_fail(model_path, tmp_path
         assert running.score(Answer(*SAMPLES[0]))[0].status == "scored"
     finally:
         running.stop()
+
+
+def test_options_reach_the_scorer(running, in_process):
+    prompt, answer = SAMPLES[2]
+    given = Answer(prompt, answer)
+    (plain,), (asked,) = running.score(given), running.score(given, trace=True, semantic=True)
+    (expected,) = in_process.score([Sample(prompt, answer)], trace=True, semantic=True)
+    assert plain.trace is None
+    assert plain.signals.semgrad is None
+    assert asked.trace.epistemic == pytest.approx(expected.trace.epistemic, rel=1e-5)
+    for name in ("semgrad", "exgrad", "paragrad", "hybridgrad", "log_hidden_grad"):
+        assert getattr(asked.signals, name) == pytest.approx(getattr(expected.signals, name), rel=1e-5), name
+    (only,) = running.score(given, mode="answer_only")
+    (expected_only,) = in_process.score([Sample(prompt, answer)], mode="answer_only")
+    close_to(expected_only)(only)
+    assert only.fingerprint != plain.fingerprint
+
+
+def test_what_the_operator_does_not_allow_is_left_out_with_a_warning(running, monkeypatch):
+    prompt, answer = SAMPLES[2]
+    settings = running.service.settings.model_copy(update={"max_trace_tokens": 2, "allow_semantic": False})
+    monkeypatch.setattr(running.service, "settings", settings)
+    (result,) = running.score(Answer(prompt, answer), trace=True, semantic=True)
+    assert result.status == "scored"
+    assert result.trace is None
+    assert result.signals.semgrad is None
+    assert result.warnings == (
+        "no trace: the answer has 5 tokens (max_trace_tokens=2)",
+        "no semantic signals: not allowed here (allow_semantic=false)",
+    )

@@ -225,10 +225,10 @@ def test_no_grammar(route, request_body, extra):
         (0, "not 0"),
         ([], "must be true, false or an object"),
         ({"modes": "exact"}, "uncertainty.modes is unknown; options: mode, trace, semantic, thinking, wait"),
-        ({"mode": "fast"}, "uncertainty.mode='fast' is not supported; use 'exact'"),
-        ({"mode": ["exact"]}, "is not supported; use 'exact'"),
-        ({"trace": True}, "uncertainty.trace=True is not supported; use False"),
-        ({"semantic": True}, "uncertainty.semantic=True is not supported"),
+        ({"mode": "fast"}, "uncertainty.mode='fast' is not supported; use 'exact' or 'answer_only'"),
+        ({"mode": ["exact"]}, "is not supported; use 'exact' or 'answer_only'"),
+        ({"trace": 1}, "uncertainty.trace=1 is not supported; use False or True"),
+        ({"semantic": "yes"}, "uncertainty.semantic='yes' is not supported"),
         ({"wait": "no"}, "uncertainty.wait='no' is not supported; use True or False"),
         ({"wait": 1}, "uncertainty.wait=1 is not supported; use True or False"),
         ({"thinking": None}, "uncertainty.thinking=None is not supported; use False or True"),
@@ -252,7 +252,9 @@ def test_a_long_wrong_value_is_cut():
     [
         (True, ScoreOptions()),
         ({"wait": False}, ScoreOptions(wait=False)),
-        ({"thinking": True, "mode": "exact"}, ScoreOptions(thinking=True)),
+        ({"thinking": True, "mode": "exact"}, ScoreOptions(thinking=True, mode="exact")),
+        ({"mode": "answer_only", "trace": True}, ScoreOptions(mode="answer_only", trace=True)),
+        ({"mode": None, "semantic": True}, ScoreOptions(semantic=True)),
     ],
 )
 def test_options(route, request_body, field, options):
