@@ -41,7 +41,7 @@ class UncertaintyCallbackHandler(BaseCallbackHandler):
     The object is the server's (see `gnuq_serve.uncertainty.Uncertainty`), a plain dict. An answer that
     carries none gets one with status ``skipped``; one that cannot be read, ``failed``. Text completions have
     no message; theirs is in ``generation_info["uncertainty"]``. Chains that keep only the text lose the
-    message: ask `uncertainty_of`. So do callers of ``stream``: a streamed answer's chunks have gone out before the
+    message: ask `uncertainty_of`. So do callers of ``stream``: a streamed answer's chunks are out before the
     handler is called.
 
     Args:
