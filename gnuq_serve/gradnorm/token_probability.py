@@ -26,7 +26,8 @@ class _TokenLogProbability(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         chosen, entropies = [], []
         for rows, ids in _tiles(logits, targets):
-            log_p = rows.to(accumulation_dtype(rows)).log_softmax(-1)
+            shifted = _below_its_maximum(rows)
+            log_p = shifted - shifted.exp().sum(-1, keepdim=True).log()
             own = log_p.gather(-1, ids[:, None])[:, 0]
             others = log_p.exp().scatter_(-1, ids[:, None], 0)
             # Where p is almost one, log p and its share of the entropy are right by what is left for the others.
@@ -48,7 +49,8 @@ class _TokenLogProbability(torch.autograd.Function):
         delta = torch.empty_like(logits)
         start = 0
         for rows, ids in _tiles(logits, targets):
-            probabilities = rows.to(accumulation_dtype(rows)).softmax(-1)
+            probabilities = _below_its_maximum(rows).exp_()
+            probabilities.div_(probabilities.sum(-1, keepdim=True))
             # 1 - p as the sum of all others: exact where p is almost one.
             probabilities.scatter_(-1, ids[:, None], 0)
             rest = probabilities.sum(-1, keepdim=True)
@@ -57,6 +59,13 @@ class _TokenLogProbability(torch.autograd.Function):
             delta[start:stop] = part.mul_(grads[0][start:stop, None])
             start = stop
         return delta, None
+
+
+def _below_its_maximum(rows: Tensor) -> Tensor:
+    # Not torch's own softmax: over a large vocabulary its float32 kernels for CPUs sum in one long chain, and what
+    # is left for the other tokens comes out 4e-6 too large (measured, 49,152 tokens). `sum` adds pairwise.
+    logits = rows.to(accumulation_dtype(rows))
+    return logits - logits.amax(-1, keepdim=True)
 
 
 def _tiles(logits: Tensor, targets: Tensor) -> zip[tuple[Tensor, Tensor]]:
