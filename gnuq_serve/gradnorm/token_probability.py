@@ -62,8 +62,8 @@ class _TokenLogProbability(torch.autograd.Function):
 
 
 def _below_its_maximum(rows: Tensor) -> Tensor:
-    # Not torch's own softmax: over a large vocabulary its float32 kernels for CPUs sum in one long chain, and what
-    # is left for the other tokens comes out 4e-6 too large (measured, 49,152 tokens). `sum` adds pairwise.
+    # Not torch's own softmax: over a large vocabulary its float32 kernels for CPUs sum in one long chain, and
+    # what is left for the other tokens comes out 4e-6 too large (measured, 49,152 tokens). `sum` adds pairwise.
     logits = rows.to(accumulation_dtype(rows))
     return logits - logits.amax(-1, keepdim=True)
 
