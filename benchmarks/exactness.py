@@ -8,70 +8,39 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
+from models import gemma3_270m
+from models.architectures import ARCHITECTURES, VOCABULARY, Architecture
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gnuq_serve import Sample, Scorer
 from gnuq_serve.demo_model import NAME, ensure_demo_model
-from gnuq_serve.gradnorm import cover, gradient_pass
+from gnuq_serve.gradnorm import cover, gradient_pass, token_grad_norms
 from gnuq_serve.gradnorm.oracle import Oracle
 
+Pair = tuple[list[int], list[int]]
 COLUMNS = {
-    "float64": "float64 / autograd float64",
-    "float32": "float32 / autograd float32",
-    "float32_vs_float64": "float32 / autograd float64",
-    "batch": "float32: batch / single",
+    "float64": "float64",
+    "trace": "each token, float64",
+    "float32": "float32",
+    "batch": "float32, batch / single",
 }
-SHAPE: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 5,
-}
-GPT2_SHAPE: dict[str, Any] = {"vocab_size": 97, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
-GPT2_SHAPE |= {"bos_token_id": 1, "eos_token_id": 2}
 
 
-def tiny_models() -> dict[str, nn.Module]:
-    """Random models with biases and norm weights that are not trivial."""
-    torch.manual_seed(0)
-    models = {}
-    for tied in (True, False):
-        kind = "tied" if tied else "untied"
-        configs = {
-            "Llama with bias": LlamaConfig(**SHAPE, tie_word_embeddings=tied, attention_bias=True),
-            "Mistral": MistralConfig(**SHAPE, tie_word_embeddings=tied),
-            "Qwen2": Qwen2Config(**SHAPE, tie_word_embeddings=tied),
-            "GPT-2": GPT2Config(**GPT2_SHAPE, tie_word_embeddings=tied),
-        }
-        for name, config in configs.items():
-            model = AutoModelForCausalLM.from_config(config)
-            for parameter in model.parameters():
-                parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
-            models[f"{name}, {kind}"] = model
-    return models
-
-
-def random_samples(vocabulary: int) -> list[Sample]:
+def random_samples() -> list[Pair]:
     """Eight samples of unequal length; the first has one prompt token, the second one answer token."""
     draw = random.Random(0)
     lengths = [(1, 5), (9, 1), *((draw.randint(2, 20), draw.randint(2, 30)) for _ in range(6))]
     return [
-        Sample([draw.randrange(vocabulary) for _ in range(n)], [draw.randrange(vocabulary) for _ in range(t)])
+        ([draw.randrange(VOCABULARY) for _ in range(n)], [draw.randrange(VOCABULARY) for _ in range(t)])
         for n, t in lengths
     ]
 
 
-def chat_samples(path: str) -> list[Sample]:
+def chat_samples(path: str) -> list[Pair]:
     """Chat prompts (the template holds the pad token) with short and long answers."""
     tokenizer = AutoTokenizer.from_pretrained(path)
     pairs = [
@@ -84,39 +53,81 @@ def chat_samples(path: str) -> list[Sample]:
         chat = [{"role": "user", "content": question}]
         prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
         end = tokenizer.eos_token_id
-        samples.append(Sample(prompt, [*tokenizer.encode(answer, add_special_tokens=False), end]))
+        samples.append((prompt, [*tokenizer.encode(answer, add_special_tokens=False), end]))
     return samples
 
 
-def norms(model: nn.Module, samples: list[Sample], *, batched: bool) -> list[float]:
+def norms(model: Any, samples: list[Pair], *, batched: bool) -> list[float]:
     """Squared gradient norms by our pass, in one batch or one by one."""
     coverage = cover(model)
-    pairs = [(sample.prompt_ids, sample.answer_ids) for sample in samples]
-    groups = [pairs] if batched else [[pair] for pair in pairs]
+    groups = [samples] if batched else [[sample] for sample in samples]
     return [norm for group in groups for norm in gradient_pass(model, coverage, group).grad_norm_sq.tolist()]
 
 
-def errors(model: nn.Module, samples: list[Sample]) -> dict[str, float]:
-    """Largest relative errors of one model, over single samples and the batch."""
+def worst(found: list[float], right: list[float]) -> float:
+    """Largest relative error."""
+    return max(abs(f / r - 1) for f, r in zip(found, right, strict=True))
 
-    def oracle(dtype: torch.dtype) -> list[float]:
-        reference = Oracle(model, dtype)
-        return [reference.score(sample.prompt_ids, sample.answer_ids)[1] for sample in samples]
 
-    def worst(found: list[float], right: list[float]) -> float:
-        return max(abs(f / r - 1) for f, r in zip(found, right, strict=True))
-
-    exact, rounded = oracle(torch.float64), oracle(torch.float32)
-    model = model.float()
-    single, batch = norms(model, samples, batched=False), norms(model, samples, batched=True)
+def errors(model: Any, samples: list[Pair], *, trace: bool) -> dict[str, Any]:
+    """Largest relative errors of one model, over single samples and the batch; it ends up in float32."""
+    oracle = Oracle(model)
+    right = [oracle.score(*sample)[1] for sample in samples]
+    each_token = oracle.token_grad_norms(*samples[-1]) if trace else None
+    del oracle
     model = model.double()
-    in_double = [norms(model, samples, batched=batched) for batched in (False, True)]
-    return {
-        "float64": max(worst(found, exact) for found in in_double),
-        "float32": max(worst(found, rounded) for found in (single, batch)),
-        "float32_vs_float64": max(worst(found, exact) for found in (single, batch)),
-        "batch": worst(batch, single),
+    coverage = cover(model)
+    found: dict[str, Any] = {
+        "rules": sorted({rule.name for _, _, rule in coverage.rules} | {coverage.head_rule.name}),
+        "slow": coverage.slow,
+        "float64": max(worst(norms(model, samples, batched=batched), right) for batched in (False, True)),
+        "trace": None,
     }
+    if each_token is not None:
+        found["trace"] = worst(token_grad_norms(model, coverage, samples[-1]).tolist(), each_token)
+    model = model.float()
+    if "experts" in found["rules"]:
+        model.set_experts_implementation("grouped_mm")  # as served; it takes no float64
+    single, batch = norms(model, samples, batched=False), norms(model, samples, batched=True)
+    return found | {"float32": max(worst(single, right), worst(batch, right)), "batch": worst(batch, single)}
+
+
+def tiny_errors(architecture: Architecture) -> dict[str, Any]:
+    """The larger of the errors with head and embedding tied, and not."""
+    tied, untied = (errors(architecture.build(tie), random_samples(), trace=True) for tie in (True, False))
+    return tied | {key: max(tied[key], untied[key]) for key in COLUMNS}
+
+
+def real_errors() -> dict[str, dict[str, Any]]:
+    """Of the models with real weights that can be had here."""
+    path = str(ensure_demo_model())
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    results = {f"{NAME}, real weights": errors(model, chat_samples(path), trace=False)}
+    if not gemma3_270m.is_installed():
+        print(f"{gemma3_270m.MISSING}\n")
+        return results
+    with tempfile.TemporaryDirectory() as folder:
+        model, tokenizer = gemma3_270m.load(Path(folder))
+    return results | {"Gemma 3 270M, real weights": errors(model, gemma3_270m.samples(tokenizer), trace=False)}
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """In markdown."""
+
+    def line(*cells: str) -> str:
+        return f"| {' | '.join(cells)} |"
+
+    rows = [
+        line(
+            name,
+            ", ".join(row["rules"]),
+            *("" if row[column] is None else f"{row[column]:.0e}" for column in COLUMNS),
+        )
+        for name, row in results.items()
+    ]
+    return "\n".join(
+        [line("model", "rules", *COLUMNS.values()), line(*["---"] * 2, *["--:"] * len(COLUMNS)), *rows]
+    )
 
 
 def main() -> None:
@@ -125,17 +136,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny models only")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
-    results = {name: errors(model, random_samples(97)) for name, model in tiny_models().items()}
+    results = {name: tiny_errors(architecture) for name, architecture in ARCHITECTURES.items()}
     if not args.quick:
-        path = str(ensure_demo_model())
-        results[f"{NAME}, real"] = errors(Scorer.from_pretrained(path).model, chat_samples(path))
-    table = Table(caption="Largest relative error of the squared gradient norm; all but the last: tiny, random")
-    table.add_column("model", no_wrap=True)
-    for title in COLUMNS.values():
-        table.add_column(title, justify="right")
-    for name, row in results.items():
-        table.add_row(name, *(f"{row[column]:.1e}" for column in COLUMNS))
-    Console(width=100).print(table)
+        results |= real_errors()
+    print(table(results))
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n")
 

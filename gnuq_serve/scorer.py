@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from gnuq_serve.gradnorm import cover, gradient_pass
-from gnuq_serve.uncertainty import Mode, Uncertainty
-from gnuq_serve.weights import fingerprint_of, load_checkpoint
+from gnuq_serve.gradnorm import cover
+from gnuq_serve.gradnorm.memory import MemoryModel, default_budget, parse_bytes
+from gnuq_serve.gradnorm.runner import Measured, OutOfMemory, PassRunner
+from gnuq_serve.uncertainty import Mode, Uncertainty, finite_or_none, log_or_none
+from gnuq_serve.weights import check_in_memory, fingerprint_of, load_checkpoint
+
+# On a CPU a larger pass is no faster a token.
+MAX_CPU_BATCH_TOKENS = 2048
 
 
 class InvalidSampleError(ValueError):
@@ -29,8 +34,28 @@ class Sample:
 
     @property
     def length(self) -> int:
-        """Positions that the pass visits: the last answer token is predicted, never read."""
+        """Positions that an exact pass visits: the last answer token is predicted, never read."""
         return len(self.prompt_ids) + len(self.answer_ids) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreOptions:
+    """How to score.
+
+    Attributes:
+        mode: ``"exact"`` (every position), or ``"answer_only"`` (keys and values of the prompt are constants:
+            cheaper on long prompts, and kept for the samples that share them).
+        trace: also each answer token by itself.
+        semantic: also SemGrad and its relatives, by one more backward pass; not in ``answer_only``.
+    """
+
+    mode: Mode = "exact"
+    trace: bool = False
+    semantic: bool = False
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise ValueError(f"mode={self.mode!r} is unknown; use {' or '.join(get_args(Mode))}")
 
 
 class Scorer:
@@ -40,30 +65,63 @@ class Scorer:
     are restored after each call. One thread at a time may score with a model.
     """
 
-    mode: Mode = "exact"
-
-    def __init__(self, model: nn.Module, *, max_batch_tokens: int = 2048) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        mode: Mode = "exact",
+        memory_budget: int | str | None = None,
+        max_batch_tokens: int | None = None,
+        hidden_position: int | None = None,
+    ) -> None:
         """Score with a model in memory.
 
         Args:
-            model: a Hugging Face causal language model.
-            max_batch_tokens: padded positions in one pass; a longer sample gets a pass of its own.
+            model: a Hugging Face causal language model, on one device or split over several by a device map.
+            mode: what ``score`` does where it is not told; see ``ScoreOptions``.
+            memory_budget: what a pass may take beyond the weights, in bytes or as a text (``"2GiB"``); None for
+                half of what is free, on a CPU 2 GiB at most. Batches are packed to it; a single long sample that
+                is over it runs some blocks twice instead.
+            max_batch_tokens: padded positions in one pass, whatever the memory; None for 2048 on a CPU, no limit
+                on a GPU. A longer sample gets a pass of its own.
+            hidden_position: prompt position of hidden-state gradients, from the prompt's end (-1: its last
+                token); None for the mean over the prompt.
 
         Raises:
-            UnsupportedModelError: a module with parameters has no rule; the message names it.
-            ValueError: ``max_batch_tokens`` is below 1.
+            UnsupportedModelError: the model's parameters can't all be counted; the message says which.
+            CheckpointError: some of them are offloaded.
+            ValueError: an argument is out of its range.
         """
-        if max_batch_tokens < 1:
+        if max_batch_tokens is not None and max_batch_tokens < 1:
             raise ValueError(f"max_batch_tokens={max_batch_tokens} must be at least 1")
+        if hidden_position is not None and hidden_position >= 0:
+            raise ValueError(f"hidden_position={hidden_position} counts from the prompt's end: give -1 or below")
         self.model = model
-        self.max_batch_tokens = max_batch_tokens
+        self.options = ScoreOptions(mode=mode)
+        self.hidden_position = hidden_position
+        check_in_memory(model)
         self._coverage = cover(model)
         config: Any = model.config
-        self.vocabulary_size = self._coverage.embedding_weight.shape[0]
-        self.context_length: int | None = getattr(config, "max_position_embeddings", None)
-        self.dtype = str(self._coverage.embedding_weight.dtype).removeprefix("torch.")
-        self.device = str(self._coverage.embedding_weight.device)
-        self.fingerprint = fingerprint_of(model, self.mode)
+        weight = self._coverage.embedding_weight
+        self.vocabulary_size = weight.shape[0]
+        self.context_length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+        self.dtype = str(weight.dtype).removeprefix("torch.")
+        self.device = str(weight.device)
+        self.max_batch_tokens = max_batch_tokens or (
+            MAX_CPU_BATCH_TOKENS if weight.device.type == "cpu" else None
+        )
+        devices = {parameter.device for parameter in model.parameters()}
+        self.memory_budget = (
+            min(map(default_budget, devices)) if memory_budget is None else parse_bytes(memory_budget)
+        )
+        self._runner = PassRunner(
+            model,
+            self._coverage,
+            budget=self.memory_budget,
+            max_batch_tokens=self.max_batch_tokens,
+            position=hidden_position,
+        )
+        self._fingerprints: dict[Mode, str] = {}
 
     @classmethod
     def from_pretrained(
@@ -72,36 +130,81 @@ class Scorer:
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
         *,
+        device_map: str | Mapping[str, Any] | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
         config_overrides: Mapping[str, Any] | None = None,
-        max_batch_tokens: int = 2048,
+        **settings: Any,
     ) -> Scorer:
-        """Load a checkpoint and score with it; arguments as in ``weights.load_checkpoint``.
+        """Load a checkpoint and score with it.
+
+        Args:
+            path: folder or hub name; this and the next as in ``weights.load_checkpoint``.
+            dtype: ``"auto"``, a name or a torch dtype.
+            device: ``"auto"``, a name or a torch device.
+            device_map: instead of ``device``, where each module goes (``"balanced"``: split over all GPUs).
+            revision: branch, tag or commit on the hub.
+            trust_remote_code: run code that comes with the checkpoint.
+            config_overrides: entries of the model's configuration to replace.
+            settings: as in ``Scorer``.
 
         Raises:
             CheckpointError: the checkpoint can't be loaded, or the dtype or device does not exist.
-            UnsupportedModelError: a module with parameters has no rule.
+            UnsupportedModelError: the model's parameters can't all be counted.
         """
         model = load_checkpoint(
             str(path),
             dtype=dtype,
             device=device,
+            device_map=device_map,
             revision=revision,
             trust_remote_code=trust_remote_code,
             config_overrides=config_overrides,
         )
-        return cls(model, max_batch_tokens=max_batch_tokens)
+        return cls(model, **settings)
 
     @classmethod
-    def from_model(cls, model: nn.Module, *, max_batch_tokens: int = 2048) -> Scorer:
-        """Score with a module already in memory."""
-        return cls(model, max_batch_tokens=max_batch_tokens)
+    def from_model(cls, model: nn.Module, **settings: Any) -> Scorer:
+        """Score with a module already in memory; settings as in ``Scorer``."""
+        return cls(model, **settings)
+
+    @property
+    def mode(self) -> Mode:
+        """What ``score`` does where it is not told."""
+        return self.options.mode
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the weights and the default mode: numbers under two names must not be compared."""
+        return self.fingerprint_in(self.mode)
+
+    @property
+    def memory(self) -> MemoryModel:
+        """What an ``exact`` pass takes, measured at first use."""
+        return self._runner.memory_in(answer_only=False)
+
+    @property
+    def slow_layers(self) -> list[str]:
+        """Layers without a rule of their own: exact all the same, but slow and one sample at a time."""
+        return self._coverage.slow
+
+    def fingerprint_in(self, mode: Mode) -> str:
+        """Names the weights and a mode."""
+        if mode not in self._fingerprints:
+            self._fingerprints[mode] = fingerprint_of(self.model, mode)
+        return self._fingerprints[mode]
+
+    def clear_prefix_cache(self) -> None:
+        """Forget the prompt prefixes kept by ``answer_only``."""
+        self._runner.prefixes.clear()
 
     def score(
         self,
         samples: Sequence[Sample],
         *,
+        mode: Mode | None = None,
+        trace: bool = False,
+        semantic: bool = False,
         on_invalid: Literal["raise", "fail"] = "raise",
         progress: bool = False,
     ) -> list[Uncertainty]:
@@ -109,28 +212,36 @@ class Scorer:
 
         Args:
             samples: what to score.
+            mode: see ``ScoreOptions``; None is the scorer's own.
+            trace: see ``ScoreOptions``.
+            semantic: see ``ScoreOptions``.
             on_invalid: ``"raise"`` before any work is done, or ``"fail"`` only the samples concerned.
             progress: show a progress bar.
 
         Returns:
-            One uncertainty for each sample, in their order. ``seconds`` is the time of the sample's pass.
+            One uncertainty for each sample, in their order. ``seconds`` is the time of the sample's pass. A
+            sample for which memory does not suffice even alone is ``failed``.
 
         Raises:
             InvalidSampleError: a sample is empty, out of the vocabulary or too long, and ``on_invalid`` is
                 ``"raise"``.
+            ValueError: an unknown mode.
         """
+        options = ScoreOptions(mode or self.mode, trace, semantic)
         results: list[Uncertainty | None] = [None] * len(samples)
         for i, sample in enumerate(samples):
             if (problem := self.problem_with(sample)) is not None:
                 if on_invalid == "raise":
                     raise InvalidSampleError(f"samples[{i}].{problem}")
                 results[i] = Uncertainty.failed(problem)
-        order = sorted((i for i, result in enumerate(results) if result is None), key=lambda i: samples[i].length)
-        with tqdm(total=len(order), desc="Scoring", unit="answer", disable=not progress) as bar:
-            for batch in self._batches(samples, order):
-                for i, result in zip(batch, self._score_batch([samples[i] for i in batch]), strict=True):
-                    results[i] = result
-                bar.update(len(batch))
+        todo = [i for i, result in enumerate(results) if result is None]
+        ids = [(samples[i].prompt_ids, samples[i].answer_ids) for i in todo]
+        passes = self._runner.run(ids, answer_only=options.mode == "answer_only", trace=trace, semantic=semantic)
+        with tqdm(total=len(todo), desc="Scoring", unit="answer", disable=not progress) as bar:
+            for done in passes:
+                for measured in done:
+                    results[todo[measured.index]] = self._uncertainty(measured, options.mode)
+                bar.update(len(done))
         return [result for result in results if result is not None]
 
     def problem_with(self, sample: Sample) -> str | None:
@@ -154,30 +265,33 @@ class Scorer:
             )
         return None
 
-    def _batches(self, samples: Sequence[Sample], order: list[int]) -> Iterator[list[int]]:
-        batch: list[int] = []
-        for i in order:  # by length, so the newest is the longest and sets the padding
-            if batch and (len(batch) + 1) * samples[i].length > self.max_batch_tokens:
-                yield batch
-                batch = []
-            batch.append(i)
-        if batch:
-            yield batch
+    def _uncertainty(self, measured: Measured | OutOfMemory, mode: Mode) -> Uncertainty:
+        if isinstance(measured, OutOfMemory):
+            return Uncertainty.failed(measured.reason)
+        result, row = measured.result, measured.row
 
-    def _score_batch(self, samples: list[Sample]) -> list[Uncertainty]:
-        start = time.perf_counter()
-        result = gradient_pass(self.model, self._coverage, [(s.prompt_ids, s.answer_ids) for s in samples])
-        seconds = time.perf_counter() - start
-        return [
-            Uncertainty.scored(
-                token_log_probabilities=log_probabilities.tolist(),
-                token_entropies=entropies.tolist(),
-                grad_norm_sq=norm_sq.item(),
-                mode=self.mode,
-                fingerprint=self.fingerprint,
-                seconds=seconds,
-            )
-            for log_probabilities, entropies, norm_sq in zip(
-                result.token_log_probabilities, result.token_entropies, result.grad_norm_sq, strict=True
-            )
-        ]
+        def at_row(values: torch.Tensor | None) -> float | None:
+            return None if values is None else finite_or_none(values[row].item())
+
+        signals: dict[str, Any] = {}
+        if result.input_grad_norm_sq is not None:
+            at = self.hidden_position
+            signals = {
+                "log_input_grad_norm_sq": log_or_none(at_row(result.input_grad_norm_sq)),
+                "log_hidden_grad": log_or_none(at_row(result.hidden_grad)),
+                "hidden_position": "mean" if at is None else str(at),
+            }
+        if result.semantic is not None:
+            for field in dataclasses.fields(result.semantic):
+                signals[field.name] = at_row(getattr(result.semantic, field.name))
+        return Uncertainty.scored(
+            token_log_probabilities=result.token_log_probabilities[row].tolist(),
+            token_entropies=result.token_entropies[row].tolist(),
+            grad_norm_sq=result.grad_norm_sq[row].item(),
+            token_grad_norm_sq=measured.token_grad_norm_sq,
+            prompt_signals=signals,
+            mode=mode,
+            fingerprint=self.fingerprint_in(mode),
+            warnings=[f"slow exact path: {', '.join(self.slow_layers)}"] if self.slow_layers else [],
+            seconds=measured.seconds,
+        )

@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeVar, get_args
 Status = Literal["scored", "pending", "skipped", "failed"]
 Mode = Literal["exact", "answer_only"]
 
-_Part = TypeVar("_Part", "Normalized", "Signals", "Uncertainty")
+_Part = TypeVar("_Part", "Normalized", "Signals", "Trace", "Uncertainty")
 
 
 def bernoulli_variance(log_probability: float) -> float:
@@ -38,6 +38,11 @@ def log_epistemic(log_probability: float, log_grad_norm_sq: float) -> float:
 def finite_or_none(value: float | None) -> float | None:
     """The value itself where it is a finite number, else None: JSON has no infinity."""
     return value if value is not None and math.isfinite(value) else None
+
+
+def log_or_none(value: float | None) -> float | None:
+    """Natural logarithm, or None where it is not finite."""
+    return math.log(value) if value is not None and value > 0 and math.isfinite(value) else None
 
 
 def exp_or_none(value: float) -> float | None:
@@ -59,11 +64,46 @@ class Normalized:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signals:
-    """What else the same pass gives; entropies in nats, logarithms natural."""
+    """What else the same pass gives; entropies in nats, logarithms natural.
+
+    Gradients at the prompt do not exist in ``answer_only``, and the last four are there where asked for
+    (``semantic``); else they are None.
+
+    Attributes:
+        min_token_log_probability: lowest ``log p_t``.
+        max_entropy, first_entropy: of the tokens' predictive distributions.
+        log_input_grad_norm_sq: ``log sum_p ||dl/de_p||^2`` over the prompt's input embeddings.
+        log_hidden_grad: ``log`` of the mean of ``||dl/dh||`` over the hidden states of the model's upper half.
+        hidden_position: over which prompt positions that mean, and SemGrad's, goes: ``"mean"`` (all), or an index
+            from the prompt's end (``"-1"``: its last token).
+        semgrad, exgrad, paragrad, hybridgrad: arXiv:2605.04638; see ``gnuq_serve.gradnorm.semantic``.
+    """
 
     min_token_log_probability: float | None = None
     max_entropy: float | None = None
     first_entropy: float | None = None
+    log_input_grad_norm_sq: float | None = None
+    log_hidden_grad: float | None = None
+    hidden_position: str | None = None
+    semgrad: float | None = None
+    exgrad: float | None = None
+    paragrad: float | None = None
+    hybridgrad: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trace:
+    """The estimate token by token (arXiv:2605.07776), T values each.
+
+    Attributes:
+        entropy: of the predictive distribution, in nats.
+        aleatoric: ``p_t (1 - p_t)``.
+        epistemic: ``||grad_theta p_t||^2 = p_t^2 ||grad_theta log p_t||^2``.
+    """
+
+    entropy: tuple[float | None, ...]
+    aleatoric: tuple[float | None, ...]
+    epistemic: tuple[float | None, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +130,7 @@ class Uncertainty:
     log_grad_norm_sq: float | None = None
     normalized: Normalized = field(default_factory=Normalized)
     signals: Signals = field(default_factory=Signals)
-    trace: None = None
+    trace: Trace | None = None
     tool_call: bool = False
     warnings: tuple[str, ...] = ()
     fingerprint: str | None = None
@@ -106,8 +146,11 @@ class Uncertainty:
         token_log_probabilities: Sequence[float],
         token_entropies: Sequence[float],
         grad_norm_sq: float,
+        token_grad_norm_sq: Sequence[float] | None = None,
+        prompt_signals: Mapping[str, Any] | None = None,
         mode: Mode = "exact",
         fingerprint: str | None = None,
+        warnings: Sequence[str] = (),
         seconds: float | None = None,
     ) -> Uncertainty:
         """The estimate from what one pass measured.
@@ -116,8 +159,11 @@ class Uncertainty:
             token_log_probabilities: ``log p_t`` for each of the ``T`` answer tokens, natural logarithm.
             token_entropies: entropy of each predictive distribution, in nats, ``T`` of them.
             grad_norm_sq: ``||grad_theta l||^2`` over all parameters.
+            token_grad_norm_sq: ``||grad_theta log p_t||^2`` of each token, for the trace.
+            prompt_signals: entries of ``signals`` that come from gradients at hidden states.
             mode: how the pass was done.
             fingerprint: which model and settings the numbers belong to.
+            warnings: what a reader of the numbers should know.
             seconds: wall time of the score.
 
         Raises:
@@ -157,7 +203,12 @@ class Uncertainty:
                 min_token_log_probability=min(token_log_probabilities),
                 max_entropy=finite_or_none(max(token_entropies)),
                 first_entropy=finite_or_none(token_entropies[0]),
+                **(prompt_signals or {}),
             ),
+            trace=None
+            if token_grad_norm_sq is None
+            else _trace(token_log_probabilities, token_entropies, token_grad_norm_sq),
+            warnings=tuple(warnings),
             fingerprint=fingerprint,
             seconds=seconds,
         )
@@ -187,6 +238,7 @@ class Uncertainty:
         parts = {
             "normalized": _read(Normalized, data.get("normalized")),
             "signals": _read(Signals, data.get("signals")),
+            "trace": _read_trace(data.get("trace")),
             "warnings": tuple(data.get("warnings") or ()),
         }
         return _read(cls, {**data, **parts})
@@ -195,6 +247,8 @@ class Uncertainty:
         """The JSON form: plain dicts, lists, strings, booleans, finite numbers and None."""
         data = dataclasses.asdict(self)
         data["warnings"] = list(self.warnings)
+        if self.trace is not None:
+            data["trace"] = {name: list(values) for name, values in data["trace"].items()}
         if self.reason is None:
             del data["reason"]
         return data
@@ -207,3 +261,23 @@ class Uncertainty:
 def _read(cls: type[_Part], data: Mapping[str, Any] | None) -> _Part:
     known = {f.name for f in dataclasses.fields(cls)}
     return cls(**{name: value for name, value in (data or {}).items() if name in known})
+
+
+def _read_trace(data: Mapping[str, Any] | None) -> Trace | None:
+    if data is None:
+        return None
+    return Trace(**{f.name: tuple(data.get(f.name) or ()) for f in dataclasses.fields(Trace)})
+
+
+def _trace(
+    log_probabilities: Sequence[float], entropies: Sequence[float], grad_norm_sq: Sequence[float]
+) -> Trace:
+    joint = [
+        0.0 if g == 0 else exp_or_none(log_epistemic(lp, math.log(g))) if g > 0 and math.isfinite(g) else None
+        for lp, g in zip(log_probabilities, grad_norm_sq, strict=True)
+    ]
+    return Trace(
+        entropy=tuple(finite_or_none(entropy) for entropy in entropies),
+        aleatoric=tuple(bernoulli_variance(lp) for lp in log_probabilities),
+        epistemic=tuple(joint),
+    )

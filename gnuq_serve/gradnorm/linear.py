@@ -1,4 +1,4 @@
-"""Linear layers: ``nn.Linear`` and GPT-2's transposed ``Conv1D``; with or without bias.
+"""Linear layers: ``nn.Linear``, GPT-2's transposed ``Conv1D``, routers of experts; with or without bias.
 
 For one sample with inputs ``a`` (T x d_in) and output gradients ``delta`` (T x d_out)::
 
@@ -12,34 +12,53 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import vector_norm
 
-from gnuq_serve.gradnorm.layer_input import LayerInput, as_rows
+from gnuq_serve.gradnorm.gram import work
+from gnuq_serve.gradnorm.layer_call import LayerCall, as_rows
 from gnuq_serve.gradnorm.registry import register
 
 TILE_BYTES = 64 * 2**20
 
 
-@register(nn.Linear, "transformers.pytorch_utils.Conv1D")
-def linear(layer: nn.Module, inputs: LayerInput, delta: Tensor) -> Tensor:
+@register(
+    nn.Linear,
+    "transformers.pytorch_utils.Conv1D",
+    "transformers.models.falcon.modeling_falcon.FalconLinear",
+    # Routers return their logits first, and go on from that very tensor.
+    "transformers.models.gpt_oss.modeling_gpt_oss.GptOssTopKRouter",
+    "transformers.models.mixtral.modeling_mixtral.MixtralTopKRouter",
+    "transformers.models.olmoe.modeling_olmoe.OlmoeTopKRouter",
+    "transformers.models.qwen2_moe.modeling_qwen2_moe.Qwen2MoeTopKRouter",
+    "transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeTopKRouter",
+)
+def linear(layer: nn.Module, call: LayerCall, delta: Tensor) -> Tensor:
     """``y = W a + b``; a transposed weight has the same norm."""
+    norm_sq = weight_norm_sq(call, delta)
+    return norm_sq if getattr(layer, "bias", None) is None else norm_sq + bias_norm_sq(delta)
+
+
+def weight_norm_sq(call: LayerCall, delta: Tensor) -> Tensor:
+    """``||delta^T a||^2`` of each sample, (B,), for the inputs ``a`` of a call."""
     delta_rows = as_rows(delta)
     tokens, d_out = delta_rows.shape[1:]
-    d_in = inputs.tensor.shape[-1]
-    if tokens * (d_in / inputs.readers + d_out) < d_in * d_out:
-        norm_sq = (inputs.gram() * (delta_rows @ delta_rows.mT)).sum((1, 2))
-    else:
-        norm_sq = _tiled_norm_sq(as_rows(inputs.tensor), delta_rows)
-    if getattr(layer, "bias", None) is not None:
-        norm_sq = norm_sq + delta_rows.sum(1).square().sum(-1)
-    return norm_sq
+    d_in = call.tensor.shape[-1]
+    if tokens * (d_in / call.readers + d_out) * work(tokens) < d_in * d_out:
+        return call.gram().inner(delta_rows)
+    return _tiled_norm_sq(as_rows(call.tensor), delta_rows)
+
+
+def bias_norm_sq(delta: Tensor) -> Tensor:
+    """``||sum_t delta_t||^2`` of each sample, (B,)."""
+    return as_rows(delta).sum(1).square().sum(-1)
 
 
 def _tiled_norm_sq(rows: Tensor, delta_rows: Tensor) -> Tensor:
     """``||delta^T a||^2`` for each sample, never more than ``TILE_BYTES`` of the gradient at a time."""
-    samples, _, d_in = rows.shape
-    tile = max(1, TILE_BYTES // (d_in * rows.element_size()))
-    norm_sq = rows.new_zeros(samples)
-    for i in range(samples):
-        for columns in delta_rows[i].split(tile, dim=-1):
-            norm_sq[i] += torch.linalg.vector_norm(columns.mT @ rows[i]).square()
-    return norm_sq
+    tile = max(1, TILE_BYTES // (rows.shape[-1] * rows.element_size()))
+    return torch.stack(
+        [
+            torch.stack([vector_norm(part.mT @ a).square() for part in delta.split(tile, dim=-1)]).sum()
+            for a, delta in zip(rows.unbind(), delta_rows.unbind(), strict=True)
+        ]
+    )

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from gnuq_serve.uncertainty import Mode
+
 
 class ScorerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What the scorer process loads and where it listens; one JSON line on its standard input."""
@@ -17,6 +19,7 @@ class ScorerConfig(msgspec.Struct, frozen=True, kw_only=True):
     device: str = "auto"
     threads: int = 1
     max_batch_tokens: int = 2048
+    memory_budget: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
     config_overrides: dict[str, Any] = {}
@@ -33,23 +36,32 @@ class ScorerState(msgspec.Struct, frozen=True, kw_only=True):
     fingerprint: str | None = None
 
 
-class SampleMessage(msgspec.Struct, frozen=True):
-    """One answer to score."""
+class Scoring(msgspec.Struct, frozen=True):
+    """How to score, as in ``Scorer.score``."""
 
-    prompt_ids: list[int]
-    answer_ids: list[int]
+    mode: Mode = "exact"
+    trace: bool = False
+    semantic: bool = False
 
 
-class ScoreRequest(msgspec.Struct, frozen=True):
-    """The answers of one response. ``deadline`` is on the machine's monotonic clock, in seconds."""
+class ScoreRequest(msgspec.Struct, frozen=True, tag="score"):
+    """One answer to score. ``deadline`` is on the machine's monotonic clock, in seconds."""
 
     id: int
-    samples: list[SampleMessage]
+    prompt_ids: list[int]
+    answer_ids: list[int]
     deadline: float
+    scoring: Scoring = Scoring()
+
+
+class CancelRequest(msgspec.Struct, frozen=True, tag="cancel"):
+    """Nobody waits for this answer's score any more."""
+
+    id: int
 
 
 class ScoreReply(msgspec.Struct, frozen=True):
-    """One uncertainty in JSON form for each sample of the request."""
+    """The uncertainty of one answer, in JSON form."""
 
     id: int
-    results: list[dict[str, Any]]
+    result: dict[str, Any]

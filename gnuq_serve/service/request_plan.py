@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from gnuq_serve.uncertainty import Mode
 
 Route = Literal["chat", "completion"]
 
@@ -20,10 +24,40 @@ _MEDIA_PARTS = (
     "audio_embeds",
     "video_url",
 )
+# Option of the request's field -> the values it may have; the first is the default.
+_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "mode": (None, "exact", "answer_only"),
+    "trace": (False, True),
+    "semantic": (False, True),
+    "thinking": (False, True),
+    "wait": (True, False),
+}
 
 
 class InvalidRequestError(ValueError):
     """The request's ``uncertainty`` field is wrong; the message says how and what is right."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreOptions:
+    """What the client asked of the score.
+
+    Attributes:
+        wait: hold the end of the response until the score is there; else it is ``pending``.
+        thinking: score the thinking of a reasoning model too, apart from its answer.
+        mode: ``exact`` or ``answer_only``; None: the operator's.
+        trace: each answer token by itself too.
+        semantic: SemGrad and its relatives too.
+    """
+
+    wait: bool = True
+    thinking: bool = False
+    mode: Mode | None = None
+    trace: bool = False
+    semantic: bool = False
+
+
+DEFAULT_OPTIONS = ScoreOptions()
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,79 +69,137 @@ class RequestPlan:
         body: the request as vLLM gets it.
         unscored: why the response passes untouched; None: its choices get an ``uncertainty``.
         skip: why its choices are not sent to the scorer; None: they are.
+        options: what the client asked of the score.
         keep_token_ids: the client asked for token ids itself.
         keep_logprobs: the client asked for logprobs itself.
         comparable: vLLM's logprobs are those of the plain model, so that the scorer's can be checked with them.
+        grammar: a grammar forces some of the answer's tokens.
+        hide_reasoning: the client wants no thinking; vLLM is asked for it, since it withholds the token ids too.
+        echo: the response repeats the prompt, and the logprobs are those of prompt and answer.
+        echoed: prompts that vLLM leaves out of the echoed text when it is asked for token ids, one for each
+            ``choices_per_prompt`` choices; empty: nothing to put back.
+        choices_per_prompt: the request's ``n``.
+        template_options: what the request hands to the chat template; some reasoning parsers read it.
     """
 
     route: Route
     body: Mapping[str, Any]
-    unscored: Literal["off", "stream"] | None = None
+    unscored: Literal["off"] | None = None
     skip: str | None = None
+    options: ScoreOptions = DEFAULT_OPTIONS
     keep_token_ids: bool = False
     keep_logprobs: bool = False
     comparable: bool = False
+    grammar: bool = False
+    hide_reasoning: bool = False
+    echo: bool = False
+    echoed: tuple[str, ...] = ()
+    choices_per_prompt: int = 1
+    template_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def echo_of(self, index: int) -> str:
+        """The prompt that belongs in front of a choice's text."""
+        prompt = index // self.choices_per_prompt
+        return self.echoed[prompt] if prompt < len(self.echoed) else ""
 
 
-def plan_request(route: Route, request: Mapping[str, Any], adapters: Collection[str] = ()) -> RequestPlan:
+def plan_request(
+    route: Route, request: Mapping[str, Any], adapters: Collection[str] = (), *, parses: bool | None = True
+) -> RequestPlan:
     """Read our field off the request and ask vLLM for token ids and logprobs.
 
     Args:
         route: which API.
         request: the request's JSON object.
         adapters: names of LoRA adapters that the server knows.
+        parses: the server takes answers apart with a tool or reasoning parser; None: not known.
 
     Raises:
         InvalidRequestError: the field ``uncertainty`` is neither a boolean nor an object of known options.
     """
     body = {name: value for name, value in request.items() if name != _FIELD}
-    if not _wanted(request.get(_FIELD)):
+    options = read_options(request.get(_FIELD))
+    if options is None:
         return RequestPlan(route, body, unscored="off")
-    if request.get("stream"):
-        return RequestPlan(route, body, unscored="stream")
-    if (reason := _skip_reason(route, request, adapters)) is not None:
-        return RequestPlan(route, body, skip=reason, keep_token_ids=True, keep_logprobs=True)
+    grammar = _grammar_forces_tokens(request)
+    hides = route == "chat" and parses is not False and not _flag(request, "include_reasoning", default=True)
+    echo = route == "completion" and _flag(request, "echo")
+    reason = _skip_reason(route, request, adapters, hides=hides, grammar=grammar, parses=parses, echo=echo)
+    if reason is not None:
+        return RequestPlan(route, body, skip=reason, options=options, keep_token_ids=True, keep_logprobs=True)
     logprobs = request.get("logprobs")
     keep_logprobs = logprobs is not None and logprobs is not False  # completions: 0 is a wish
-    # Either of these without logprobs is an error: vLLM's to report.
-    adds_logprobs = not keep_logprobs and not (request.get("top_logprobs") or request.get("logprob_token_ids"))
+    # Either of these without logprobs is an error: vLLM's to report. Logprobs of an echoed prompt are dear.
+    adds_logprobs = not (keep_logprobs or request.get("top_logprobs") or request.get("logprob_token_ids") or echo)
+    keep_token_ids = _flag(request, "return_token_ids")
     body["return_token_ids"] = True
     if adds_logprobs:
         body["logprobs"] = True if route == "chat" else 0
+    if hides:
+        body["include_reasoning"] = True
+    template_options = request.get("chat_template_kwargs")
     return RequestPlan(
         route,
         body,
-        keep_token_ids=bool(request.get("return_token_ids")),
+        options=options,
+        keep_token_ids=keep_token_ids,
         keep_logprobs=keep_logprobs,
-        comparable=(keep_logprobs or adds_logprobs) and not _grammar_forces_tokens(request),
+        comparable=(keep_logprobs or adds_logprobs) and not grammar,
+        grammar=grammar,
+        hide_reasoning=hides,
+        echo=echo,
+        echoed=_texts(request.get("prompt")) if echo and not keep_token_ids else (),
+        choices_per_prompt=_whole_number(request.get("n")) or 1,
+        template_options=template_options if isinstance(template_options, Mapping) else {},
     )
 
 
-def _wanted(field: Any) -> bool:
-    if field is None or isinstance(field, bool):
-        return field is not False
-    if not isinstance(field, Mapping):
-        raise InvalidRequestError(f"uncertainty must be true, false or an object of options, not {field!r:.80}")
-    for option, value in field.items():
-        allowed = {"mode": ("exact",), "trace": (False,), "semantic": (False,), "wait": (True,)}.get(option)
+def read_options(value: Any) -> ScoreOptions | None:
+    """The request's field ``uncertainty``; None where the client wants no score.
+
+    Raises:
+        InvalidRequestError: it is neither a boolean nor an object of known options.
+    """
+    if value is None or isinstance(value, bool):
+        return None if value is False else DEFAULT_OPTIONS
+    if not isinstance(value, Mapping):
+        raise InvalidRequestError(f"uncertainty must be true, false or an object of options, not {value!r:.80}")
+    for option, chosen in value.items():
+        allowed = _OPTIONS.get(option)
         if allowed is None:
-            raise InvalidRequestError(f"uncertainty.{option} is unknown; options: mode, trace, semantic, wait")
-        if value not in allowed:
-            raise InvalidRequestError(f"uncertainty.{option}={value!r:.80} is not supported; use {allowed[0]!r}")
-    return True
+            raise InvalidRequestError(f"uncertainty.{option} is unknown; options: {', '.join(_OPTIONS)}")
+        if not any(chosen is one or (isinstance(one, str) and chosen == one) for one in allowed):
+            right = " or ".join(repr(one) for one in allowed if one is not None)
+            raise InvalidRequestError(f"uncertainty.{option}={chosen!r:.80} is not supported; use {right}")
+    return ScoreOptions(**value)
 
 
-def _skip_reason(route: Route, request: Mapping[str, Any], adapters: Collection[str]) -> str | None:
+def _skip_reason(
+    route: Route,
+    request: Mapping[str, Any],
+    adapters: Collection[str],
+    *,
+    hides: bool,
+    grammar: bool,
+    parses: bool | None,
+    echo: bool,
+) -> str | None:
     if isinstance(model := request.get("model"), str) and model in adapters:
         return "adapter not loaded: the scorer has the base model only"
-    if request.get("echo"):
-        return "echo is not scored"  # asking for token ids takes the prompt out of the echoed text
-    if request.get("include_reasoning") is False:
-        return "include_reasoning=false withholds the token ids"
     if request.get("prompt_embeds"):
         return "prompt_embeds have no token ids"
     if route == "chat" and _has_media(request.get("messages")):
         return "image, audio or video in the prompt"
+    if hides and parses is None:
+        return "include_reasoning=false withholds the token ids"
+    if hides and (grammar or request.get("tools")):
+        # vLLM then lets the grammar begin at the first token; asked otherwise, it would answer otherwise.
+        return "include_reasoning=false with tools or a grammar withholds the token ids"
+    if echo and _whole_number(request.get("max_tokens")) == 0:
+        return "nothing was generated: max_tokens=0"
+    to_put_back = echo and not _flag(request, "return_token_ids")  # else vLLM itself leaves the prompt out
+    if to_put_back and not (_texts(request.get("prompt")) and request.get("truncate_prompt_tokens") is None):
+        return "echo of a prompt of token ids, or of a truncated one, is not scored"
     return None
 
 
@@ -125,4 +217,39 @@ def _grammar_forces_tokens(request: Mapping[str, Any]) -> bool:
     if isinstance(response_format, Mapping) and response_format.get("type") not in (None, "text"):
         return True
     choice = request.get("tool_choice")
-    return bool(request.get("structured_outputs")) or choice == "required" or isinstance(choice, Mapping)
+    if bool(request.get("structured_outputs")) or choice == "required" or isinstance(choice, Mapping):
+        return True
+    return choice != "none" and any(map(_is_strict, _list(request.get("tools"))))
+
+
+def _is_strict(tool: Any) -> bool:
+    function = tool.get("function") if isinstance(tool, Mapping) else None
+    return isinstance(function, Mapping) and bool(function.get("strict"))
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _texts(prompt: Any) -> tuple[str, ...]:
+    """The prompts of a completion where they are texts, else nothing."""
+    prompts = prompt if isinstance(prompt, list) else [prompt]
+    return tuple(prompts) if all(isinstance(one, str) for one in prompts) else ()
+
+
+_BOOL, _INT = TypeAdapter(bool), TypeAdapter(int)
+
+
+def _flag(request: Mapping[str, Any], name: str, *, default: bool = False) -> bool:
+    """A boolean as vLLM reads it ("yes" is true); what is none is vLLM's to refuse."""
+    try:
+        return _BOOL.validate_python(request.get(name, default))
+    except ValidationError:
+        return default
+
+
+def _whole_number(value: Any) -> int | None:
+    try:
+        return _INT.validate_python(value)
+    except ValidationError:
+        return None

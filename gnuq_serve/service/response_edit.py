@@ -2,80 +2,83 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from gnuq_serve.service.answer import Answer, ThinkingLength
+from gnuq_serve.service.choice_record import ChoiceRecord
 from gnuq_serve.service.request_plan import RequestPlan
-from gnuq_serve.uncertainty import Uncertainty
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """One choice of a response, as token ids.
-
-    Attributes:
-        prompt_ids: what the model read.
-        answer_ids: what it wrote, end-of-turn token included.
-        log_probability: the engine's ``l`` of the answer; None where it can't be compared.
-    """
-
-    prompt_ids: list[int]
-    answer_ids: list[int]
-    log_probability: float | None
-
-
-def read_answers(plan: RequestPlan, response: Mapping[str, Any]) -> list[Answer | None]:
+def read_answers(
+    plan: RequestPlan, response: Mapping[str, Any], thinking_length: ThinkingLength | None = None
+) -> list[Answer | None]:
     """The answers of a response, one for each choice; None where vLLM gave no token ids."""
-    answers: list[Answer | None] = []
+    answers = []
     for choice in response["choices"]:
-        prompt_ids = choice.get("prompt_token_ids") or response.get("prompt_token_ids")
-        answer_ids = choice.get("token_ids")
-        if prompt_ids is None or answer_ids is None:
-            answers.append(None)
-            continue
-        logprobs = _token_logprobs(choice.get("logprobs")) if plan.comparable else None
-        same_tokens = logprobs is not None and len(logprobs) == len(answer_ids)
-        answers.append(Answer(prompt_ids, answer_ids, math.fsum(logprobs) if logprobs and same_tokens else None))
+        record = ChoiceRecord(plan)
+        record.add_prompt(response)
+        record.add(choice)
+        answers.append(record.answer(thinking_length))
     return answers
 
 
 def attach(
-    plan: RequestPlan, response: dict[str, Any], uncertainties: Sequence[Uncertainty], *, mirror: bool
+    plan: RequestPlan, response: dict[str, Any], uncertainties: Sequence[Mapping[str, Any]], *, mirror: bool
 ) -> None:
     """Give each choice its uncertainty and take out what only we had asked for. Edits ``response``.
 
     Args:
         plan: the request's plan.
         response: vLLM's response.
-        uncertainties: one for each choice.
+        uncertainties: one for each choice, in JSON form.
         mirror: also put it into the choice's ``logprobs``, where OpenAI clients keep unknown keys.
     """
-    if not plan.keep_token_ids:
-        _blank(response, "prompt_token_ids")
+    restore(plan, response)
     for choice, uncertainty in zip(response["choices"], uncertainties, strict=True):
-        if not plan.keep_token_ids:
-            _blank(choice, "prompt_token_ids")
-            _blank(choice, "token_ids")
-        if not plan.keep_logprobs:
-            choice["logprobs"] = None
+        if plan.echoed:
+            choice["text"] = plan.echo_of(choice["index"]) + choice["text"]
         message = choice.get("message")
-        if isinstance(message, Mapping) and message.get("tool_calls"):
-            uncertainty = uncertainty.replace(tool_call=True)
-        choice["uncertainty"] = uncertainty.to_dict()
-        if mirror:
-            empty = {"content": None} if plan.route == "chat" else {"tokens": None, "token_logprobs": None}
-            choice["logprobs"] = {**(choice.get("logprobs") or empty), "uncertainty": choice["uncertainty"]}
+        if plan.hide_reasoning and isinstance(message, dict):
+            message["reasoning"] = None
+        tool_call = isinstance(message, Mapping) and bool(message.get("tool_calls"))
+        add_uncertainty(plan, choice, uncertainty, tool_call=tool_call, mirror=mirror)
 
 
-def _token_logprobs(logprobs: Mapping[str, Any] | None) -> list[float] | None:
-    if not logprobs:
-        return None
-    if (content := logprobs.get("content")) is not None:  # chat
-        return [token["logprob"] for token in content]
-    values: list[float] | None = logprobs.get("token_logprobs")  # completions
-    return values
+def restore(plan: RequestPlan, response: dict[str, Any], *, keep_prompt_ids: bool = False) -> None:
+    """Take token ids and logprobs that only we had asked for out of a response or a chunk. Edits it.
+
+    Args:
+        plan: the request's plan.
+        response: vLLM's response or chunk.
+        keep_prompt_ids: vLLM sends those of the prompt unasked.
+    """
+    keep_prompt_ids |= plan.keep_token_ids
+    if not keep_prompt_ids:
+        _blank(response, "prompt_token_ids")
+    for choice in response["choices"]:
+        if not keep_prompt_ids:
+            _blank(choice, "prompt_token_ids")
+        if not plan.keep_token_ids or plan.hide_reasoning:
+            _blank(choice, "token_ids")
+        if not plan.keep_logprobs or plan.hide_reasoning:
+            _blank(choice, "logprobs")
+
+
+def add_uncertainty(
+    plan: RequestPlan,
+    choice: dict[str, Any],
+    uncertainty: Mapping[str, Any],
+    *,
+    tool_call: bool,
+    mirror: bool,
+) -> None:
+    """Put an uncertainty on a choice, and where ``mirror`` is set into its ``logprobs``. Edits ``choice``."""
+    uncertainty = {**uncertainty, "tool_call": tool_call}
+    choice["uncertainty"] = uncertainty
+    if mirror:
+        empty = {"content": None} if plan.route == "chat" else {"tokens": None, "token_logprobs": None}
+        choice["logprobs"] = {**(choice.get("logprobs") or empty), "uncertainty": uncertainty}
 
 
 def _blank(holder: dict[str, Any], name: str) -> None:

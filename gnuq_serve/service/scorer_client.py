@@ -10,34 +10,62 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from typing import Literal
 
 import msgspec
 import zmq
 import zmq.asyncio
 
-from gnuq_serve.service.messages import SampleMessage, ScorerConfig, ScoreReply, ScoreRequest, ScorerState
+from gnuq_serve.service.messages import (
+    CancelRequest,
+    ScorerConfig,
+    ScoreReply,
+    ScoreRequest,
+    ScorerState,
+    Scoring,
+)
 from gnuq_serve.uncertainty import Uncertainty
 
 logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF_SECONDS = 1.0
 LONGEST_BACKOFF_SECONDS = 30.0
+DEFAULT_SCORING = Scoring()
 
 
 class ScorerUnavailableError(RuntimeError):
     """No score can be had; the message says why."""
 
 
+class QueueFullError(ScorerUnavailableError):
+    """As many answers as the settings allow wait already."""
+
+
+class DeadlineError(ScorerUnavailableError):
+    """The score did not come in time."""
+
+
 class ScorerClient:
     """One scorer process and the answers that wait for it. Use from one event loop."""
 
-    def __init__(self, config: ScorerConfig) -> None:
-        """Prepare; ``config.endpoint`` is chosen here, in a folder that only this user can enter."""
+    def __init__(
+        self, config: ScorerConfig, *, max_queue: int = 256, on_overload: Literal["skip", "wait"] = "skip"
+    ) -> None:
+        """Prepare; ``config.endpoint`` is chosen here, in a folder that only this user can enter.
+
+        Args:
+            config: what the process loads.
+            max_queue: answers that may be with the process at a time, waiting or being scored.
+            on_overload: what happens to one more: ``"skip"`` raises at once, ``"wait"`` waits for a place.
+        """
         self._config = config
+        self._max_queue, self._on_overload = max_queue, on_overload
+        self._places = asyncio.Semaphore(max_queue)
         # Removed at exit too; where the server is killed, the scorer process removes it.
         self._directory = tempfile.TemporaryDirectory(prefix="gnuq-", ignore_cleanup_errors=True)
         self._ids = itertools.count()
-        self._pending: dict[int, asyncio.Future[list[Uncertainty]]] = {}
+        self._pending: dict[int, asyncio.Future[Uncertainty]] = {}
         # Set at the first outcome: answers wait for the scorer's first start, but not for a restart.
         self._settled = asyncio.Event()
         self._socket: zmq.asyncio.Socket | None = None
@@ -58,29 +86,47 @@ class ScorerClient:
         self._settled.set()
         self._directory.cleanup()
 
-    async def score(self, samples: list[SampleMessage], timeout: float) -> list[Uncertainty]:  # noqa: ASYNC109
-        """Score the answers of one response.
+    async def score(
+        self,
+        prompt_ids: Sequence[int],
+        answer_ids: Sequence[int],
+        timeout: float,  # noqa: ASYNC109
+        scoring: Scoring = DEFAULT_SCORING,
+    ) -> Uncertainty:
+        """Score one answer. A cancelled call takes its answer out of the scorer's queue.
 
         Raises:
-            ScorerUnavailableError: the process can't start, died, or has not answered after ``timeout`` seconds.
+            QueueFullError: too many answers wait already.
+            DeadlineError: no score after ``timeout`` seconds.
+            ScorerUnavailableError: the process can't start, or died.
         """
         deadline = time.monotonic() + timeout
+        if self._on_overload == "skip" and self._places.locked():
+            raise QueueFullError(f"the scoring queue is full (max_queue={self._max_queue})")
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(timeout), self._places:
                 await self._settled.wait()
                 if self._socket is None or self.state.status != "ready":
                     raise ScorerUnavailableError(f"the scorer is not running: {self.state.reason}")
-                request = ScoreRequest(next(self._ids), samples, deadline)
-                answer: asyncio.Future[list[Uncertainty]] = asyncio.get_running_loop().create_future()
-                self._pending[request.id] = answer
-                try:
-                    await self._socket.send(msgspec.msgpack.encode(request))
-                    return await answer
-                finally:
-                    del self._pending[request.id]
+                request = ScoreRequest(next(self._ids), list(prompt_ids), list(answer_ids), deadline, scoring)
+                return await self._exchange(self._socket, request)
         except TimeoutError:
             doing = "started" if self.state.status in {"starting", "restarting"} else "answered"
-            raise ScorerUnavailableError(f"the scorer has not {doing} within {timeout:g} s") from None
+            raise DeadlineError(f"the scorer has not {doing} within {timeout:g} s") from None
+
+    async def _exchange(self, socket: zmq.asyncio.Socket, request: ScoreRequest) -> Uncertainty:
+        answer: asyncio.Future[Uncertainty] = asyncio.get_running_loop().create_future()
+        self._pending[request.id] = answer
+        try:
+            await socket.send(msgspec.msgpack.encode(request))
+            return await answer
+        except asyncio.CancelledError:
+            if socket is self._socket:
+                # Without a bound on the queue a send never waits.
+                socket.send(msgspec.msgpack.encode(CancelRequest(request.id)))
+            raise
+        finally:
+            del self._pending[request.id]
 
     async def _supervise(self) -> None:
         backoff = FIRST_BACKOFF_SECONDS
@@ -150,4 +196,4 @@ class ScorerClient:
             reply = msgspec.msgpack.decode(await socket.recv(), type=ScoreReply)
             answer = self._pending.get(reply.id)
             if answer is not None and not answer.done():  # else it was given up at its deadline
-                answer.set_result([Uncertainty.from_dict(result) for result in reply.results])
+                answer.set_result(Uncertainty.from_dict(reply.result))

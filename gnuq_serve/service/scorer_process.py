@@ -12,7 +12,6 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -23,17 +22,16 @@ import zmq
 
 from gnuq_serve.errors import first_line
 from gnuq_serve.scorer import Sample, Scorer
-from gnuq_serve.service.messages import ScorerConfig, ScoreReply, ScoreRequest, ScorerState
+from gnuq_serve.service.messages import CancelRequest, ScorerConfig, ScoreReply, ScoreRequest, ScorerState
+from gnuq_serve.service.score_queue import Entry, ScoreQueue
 from gnuq_serve.uncertainty import Uncertainty
 from gnuq_serve.weights.checkpoint import check_same_vocabulary
 
 logger = logging.getLogger(__name__)
 
-MAX_SAMPLES_AT_ONCE = 64
-
 
 def main() -> int:
-    """Load, report, serve; returns only where the model can't be loaded."""
+    """Load, report, serve for ever; returns where the model can't be loaded."""
     setproctitle.setproctitle("gnuq-serve: scorer")
     # Libraries print to standard output; only our reports may go to the server.
     reports = os.fdopen(os.dup(1), "wb")
@@ -60,8 +58,8 @@ def main() -> int:
             fingerprint=scorer.fingerprint,
         ),
     )
-    while True:
-        _score(scorer, socket, list(_waiting(socket)))
+    _serve(scorer, socket, config.max_batch_tokens)
+    return 0
 
 
 def _load(config: ScorerConfig) -> Scorer:
@@ -75,34 +73,47 @@ def _load(config: ScorerConfig) -> Scorer:
         trust_remote_code=config.trust_remote_code,
         config_overrides=config.config_overrides,
         max_batch_tokens=config.max_batch_tokens,
+        memory_budget=config.memory_budget,
     )
 
 
-def _waiting(socket: zmq.Socket[bytes]) -> Iterator[tuple[bytes, ScoreRequest]]:
-    """Wait for a request, then take those that came meanwhile: they are scored in batches of like length."""
-    flags, samples = 0, 0
-    while samples < MAX_SAMPLES_AT_ONCE:
+def _serve(scorer: Scorer, socket: zmq.Socket[bytes], max_batch_tokens: int) -> None:
+    """Score batch after batch; what came meanwhile is looked at between two of them."""
+    queue: ScoreQueue[bytes] = ScoreQueue(max_batch_tokens)
+    while True:
+        _receive(socket, queue)
+        batch = queue.next_batch(time.monotonic())
+        for entry, result in zip(batch, _score(scorer, batch), strict=True):
+            reply = ScoreReply(entry.request.id, result.to_dict())
+            socket.send_multipart([entry.sender, msgspec.msgpack.encode(reply)])
+
+
+def _receive(socket: zmq.Socket[bytes], queue: ScoreQueue[bytes]) -> None:
+    """Take in all that has come; waits where there is nothing to do."""
+    while True:
         try:
-            sender, payload = socket.recv_multipart(flags)
+            sender, payload = socket.recv_multipart(zmq.DONTWAIT if queue else 0)
         except zmq.Again:
             return
-        request = msgspec.msgpack.decode(payload, type=ScoreRequest)
-        if request.deadline > time.monotonic():  # else its answer has gone out without a score
-            samples += len(request.samples)
-            flags = zmq.DONTWAIT
-            yield sender, request
+        request = msgspec.msgpack.decode(payload, type=ScoreRequest | CancelRequest)
+        if isinstance(request, CancelRequest):
+            queue.cancel(sender, request.id)
+        else:
+            queue.add(sender, request)
 
 
-def _score(scorer: Scorer, socket: zmq.Socket[bytes], requests: list[tuple[bytes, ScoreRequest]]) -> None:
-    samples = [Sample(s.prompt_ids, s.answer_ids) for _, request in requests for s in request.samples]
+def _score(scorer: Scorer, batch: list[Entry[bytes]]) -> list[Uncertainty]:
+    samples = [Sample(entry.request.prompt_ids, entry.request.answer_ids) for entry in batch]
+    if not samples:
+        return []
+    scoring = batch[0].request.scoring  # the same for the whole batch
     try:
-        results = iter(scorer.score(samples, on_invalid="fail"))
-    except Exception as error:  # out of memory, say: this batch fails, the next may not
+        return scorer.score(samples, on_invalid="fail", **msgspec.structs.asdict(scoring))
+    except Exception as error:  # out of memory, say
         logger.exception("a batch of %d answers could not be scored", len(samples))
-        results = iter([Uncertainty.failed(first_line(error))] * len(samples))
-    for sender, request in requests:
-        reply = ScoreReply(request.id, [next(results).to_dict() for _ in request.samples])
-        socket.send_multipart([sender, msgspec.msgpack.encode(reply)])
+        if len(samples) == 1:
+            return [Uncertainty.failed(first_line(error))]
+    return [result for entry in batch for result in _score(scorer, [entry])]  # one must not cost the others
 
 
 def _report(reports: IO[bytes], state: ScorerState) -> None:

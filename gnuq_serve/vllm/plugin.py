@@ -9,7 +9,7 @@ from gnuq_serve.service.middleware import UncertaintyMiddleware
 from gnuq_serve.service.routes import routes
 from gnuq_serve.service.service import UncertaintyService
 from gnuq_serve.service.settings import load_settings
-from gnuq_serve.vllm.served_model import served_model
+from gnuq_serve.vllm.served_model import served_model, server
 
 
 class GnuqPlugin:
@@ -26,8 +26,8 @@ class GnuqPlugin:
         app.router.routes.extend(routes(self._service))
         app.add_middleware(UncertaintyMiddleware, service=self._service)
 
-    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:  # noqa: ARG002
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Called once when the engine has loaded its model."""
-        models = getattr(state, "openai_serving_models", None)
-        adapters = getattr(models, "lora_requests", {})
-        self._service.start(served_model(engine_client.model_config), lambda: adapters)
+        if engine_client is None:  # a server that only renders prompts
+            return
+        self._service.start(served_model(engine_client.model_config, state), server(state, args))

@@ -23,6 +23,7 @@ def load_checkpoint(
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
+    device_map: str | Mapping[str, Any] | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     config_overrides: Mapping[str, Any] | None = None,
@@ -33,32 +34,33 @@ def load_checkpoint(
         path: folder or hub name.
         dtype: ``"auto"`` (the checkpoint's own), a name (``"float32"``) or a torch dtype.
         device: ``"auto"`` (a GPU if there is one), a name (``"cuda:1"``) or a torch device.
+        device_map: instead of ``device``, which module goes where, as transformers takes it (``"balanced"``:
+            split over all GPUs); every parameter must stay in memory.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run code that comes with the checkpoint.
         config_overrides: entries of the model's configuration to replace.
 
     Raises:
-        CheckpointError: nothing at that path, tensors missing in it, a quantised checkpoint, or a dtype or
-            device that does not exist.
+        CheckpointError: nothing at that path, tensors missing in it, a quantised checkpoint, an override that the
+            configuration does not know, or a dtype or device that does not exist.
     """
     torch_dtype = parse_dtype(dtype)
+    if device_map is not None and device != "auto":
+        raise CheckpointError(f"device={str(device)!r} and device_map={device_map!r} were given: choose one")
     torch_device = parse_device(device)
-    source = {"revision": revision, "trust_remote_code": trust_remote_code}
-    try:
-        config = AutoConfig.from_pretrained(path, **source, **dict(config_overrides or {}))
-    except (OSError, ValueError, StrictDataclassError) as error:
-        raise CheckpointError(
-            f"model={path!r} can't be loaded: no usable config.json there ({first_line(error)})"
-        ) from error
+    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    config = load_config(path, config_overrides=config_overrides, **source)
     if getattr(config, "quantization_config", None) is not None:
         raise CheckpointError(
             f"model={path!r} is quantised; its gradient needs plain weights: name an unquantised checkpoint"
         )
+    split = {} if device_map is None else {"device_map": device_map}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=torch_dtype or "auto", output_loading_info=True, **source
+            path, config=config, dtype=torch_dtype or "auto", output_loading_info=True, **split, **source
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # a damaged file; other shapes
+    # A damaged file; other shapes; a device map that does not fit, or accelerate missing.
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise CheckpointError(f"model={path!r} can't be loaded: {first_line(error)}") from error
     # transformers fills absent tensors with random numbers and only logs it.
     if report["missing_keys"] or report["mismatched_keys"]:
@@ -66,8 +68,54 @@ def load_checkpoint(
         raise CheckpointError(
             f"model={path!r} lacks tensors that its config.json asks for: {', '.join(absent[:3])}"
         )
-    loaded: nn.Module = model.to(torch_device).eval().requires_grad_(False)
-    return loaded
+    loaded: nn.Module = model if split else model.to(torch_device)
+    check_in_memory(loaded)
+    return loaded.eval().requires_grad_(False)
+
+
+def load_config(
+    path: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    config_overrides: Mapping[str, Any] | None = None,
+) -> Any:
+    """The configuration of a checkpoint, some entries replaced.
+
+    Raises:
+        CheckpointError: none at that path, or an override that it does not know.
+    """
+    source = {"revision": revision, "trust_remote_code": trust_remote_code}
+    overrides = dict(config_overrides or {})
+    unknown = set(overrides) & set(source)
+    try:
+        if not unknown:
+            # transformers silently drops what it does not know.
+            config, unknown = AutoConfig.from_pretrained(path, return_unused_kwargs=True, **source, **overrides)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise CheckpointError(
+            f"model={path!r} can't be loaded: no usable config.json there ({first_line(error)})"
+        ) from error
+    if unknown:
+        raise CheckpointError(
+            f"config_overrides has entries that the configuration of model={path!r} does not know: "
+            f"{', '.join(sorted(unknown))}; the names are those in its config.json"
+        )
+    return config
+
+
+def check_in_memory(model: nn.Module) -> None:
+    """Rules read the weights themselves: each one must be where the layer computes.
+
+    Raises:
+        CheckpointError: a parameter has been offloaded to another place, or never got values.
+    """
+    absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if absent:
+        raise CheckpointError(
+            f"{len(absent)} of the model's parameters are not in memory ({absent[0]}: offloaded, or on the meta "
+            "device): place all of them on GPUs or on the CPU, by another device_map or a smaller dtype"
+        )
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
@@ -98,11 +146,14 @@ def parse_device(device: str | torch.device) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=device).device
+        found = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise CheckpointError(
             f"device={str(device)!r} can't be used here ({first_line(error)}); use auto or cpu"
         ) from error
+    if found.type == "meta":
+        raise CheckpointError("device='meta' can't be used here (it has no numbers); use auto or cpu")
+    return found
 
 
 def check_same_vocabulary(scored: str, served: str, *, trust_remote_code: bool = False) -> None:

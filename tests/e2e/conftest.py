@@ -1,19 +1,48 @@
-"""A real vLLM server with the demo model, started once."""
+"""Real vLLM servers with the demo model, each started once."""
 
 import openai
 import pytest
-from live_server import ENV, GNUQ_SERVE, KEY, OPTIONS, wait_for_scorer
+from live_server import ENV, GNUQ_SERVE, KEY, OPTIONS, VLLM, wait_for_scorer
+from thinking_model import make_thinking_model
 
 from gnuq_serve.managed_server import ManagedServer, free_port
 
 
 @pytest.fixture(scope="session")
-def server(smollm2, tmp_path_factory):
+def start(tmp_path_factory):
+    """``start(command, env)``: a context in which a server runs; `--port` is added."""
+
+    def start(command, env=ENV):
+        port = free_port()
+        log = tmp_path_factory.mktemp("server") / "server.log"
+        return ManagedServer([*command, "--port", str(port)], env, port, log)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def server(smollm2, start):
     """`gnuq-serve serve`, ready to score."""
-    port = free_port()
-    log = tmp_path_factory.mktemp("server") / "server.log"
-    command = [GNUQ_SERVE, "serve", str(smollm2), *OPTIONS, "--port", str(port)]
-    with ManagedServer(command, ENV, port, log) as running:
+    with start([GNUQ_SERVE, "serve", str(smollm2), *OPTIONS]) as running:
+        running.wait_until_ready(["/health"])
+        wait_for_scorer(running)
+        yield running
+
+
+@pytest.fixture(scope="module")
+def plain_server(smollm2, start):
+    """vLLM without us."""
+    with start([*VLLM, str(smollm2), *OPTIONS], ENV | {"VLLM_PLUGINS": ""}) as running:
+        running.wait_until_ready(["/health"])
+        yield running
+
+
+@pytest.fixture(scope="module")
+def thinking_server(smollm2, start, tmp_path_factory):
+    """`gnuq-serve serve` with a reasoning parser and a tool parser, and a model that thinks."""
+    model = make_thinking_model(smollm2, tmp_path_factory.mktemp("thinking") / "model")
+    parsers = ["--reasoning-parser", "deepseek_r1", "--tool-call-parser", "hermes", "--enable-auto-tool-choice"]
+    with start([GNUQ_SERVE, "serve", str(model), *OPTIONS, *parsers]) as running:
         running.wait_until_ready(["/health"])
         wait_for_scorer(running)
         yield running

@@ -1,6 +1,7 @@
 """The real scorer process, with tiny models: what it answers, and what happens when it cannot."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import stat
@@ -15,11 +16,13 @@ import psutil
 import pytest
 
 from gnuq_serve.scorer import Sample, Scorer
-from gnuq_serve.service.messages import SampleMessage, ScorerConfig
-from gnuq_serve.service.response_edit import Answer
-from gnuq_serve.service.scorer_client import ScorerClient, ScorerUnavailableError
+from gnuq_serve.service.answer import Answer
+from gnuq_serve.service.messages import ScorerConfig
+from gnuq_serve.service.request_plan import ScoreOptions
+from gnuq_serve.service.scorer_client import DeadlineError, ScorerClient
 from gnuq_serve.service.service import ServedModel, UncertaintyService
 from gnuq_serve.service.settings import load_settings
+from gnuq_serve.uncertainty import Uncertainty
 
 VOCABULARY = 97
 START_SECONDS = 90  # importing torch and transformers on a busy machine
@@ -65,8 +68,9 @@ class Running:
     def ask(self, coroutine):
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
-    def score(self, *answers):
-        return self.call(self.service.score(list(answers)))
+    def score(self, *answers, **options):
+        results = self.call(self.service.score(list(answers), ScoreOptions(**options)))
+        return [Uncertainty.from_dict(result) for result in results]
 
     def wait_for(self, *states):
         wait_until(lambda: self.service.state.status in states, START_SECONDS)
@@ -147,7 +151,9 @@ def close_to(expected):
         for part in ("normalized", "signals"):
             for name in getattr(expected, part).__slots__:
                 got, wanted = getattr(getattr(result, part), name), getattr(getattr(expected, part), name)
-                assert got == pytest.approx(wanted, rel=1e-6, abs=1e-6), name
+                if isinstance(wanted, float):
+                    wanted = pytest.approx(wanted, rel=1e-6, abs=1e-6)
+                assert got == wanted, name
 
     return check
 
@@ -160,7 +166,7 @@ def test_state(running, model_path, in_process):
 
 
 def test_scores_equal_those_in_process(running, in_process):
-    results = running.score(*(Answer(prompt, answer, None) for prompt, answer in SAMPLES))
+    results = running.score(*(Answer(prompt, answer) for prompt, answer in SAMPLES))
     for result, (prompt, answer) in zip(results, SAMPLES, strict=True):
         (expected,) = in_process.score([Sample(prompt, answer)])
         close_to(expected)(result)
@@ -173,17 +179,17 @@ def test_scores_equal_those_in_process(running, in_process):
 def test_concurrent_requests_get_each_its_own(running, in_process):
     expected = [in_process.score([Sample(*sample)])[0] for sample in SAMPLES]
     futures = [
-        running.ask(running.service.score([Answer(*SAMPLES[i % 4], None), Answer(*SAMPLES[(i + 1) % 4], None)]))
+        running.ask(running.service.score([Answer(*SAMPLES[i % 4]), Answer(*SAMPLES[(i + 1) % 4])]))
         for i in range(24)
     ]
     for i, future in enumerate(futures):
-        first, second = future.result(START_SECONDS)
+        first, second = map(Uncertainty.from_dict, future.result(START_SECONDS))
         close_to(expected[i % 4])(first)
         close_to(expected[(i + 1) % 4])(second)
 
 
 def test_more_answers_at_once_than_one_batch_takes(running, in_process):
-    results = running.score(*(Answer(*SAMPLES[0], None) for _ in range(150)))
+    results = running.score(*(Answer(*SAMPLES[0]) for _ in range(150)))
     (expected,) = in_process.score([Sample(*SAMPLES[0])])
     assert len(results) == 150
     for result in results:
@@ -191,11 +197,11 @@ def test_more_answers_at_once_than_one_batch_takes(running, in_process):
 
 
 def test_one_bad_answer_fails_alone(running):
-    good = Answer(*SAMPLES[0], None)
+    good = Answer(*SAMPLES[0])
     outside, empty, too_long = (
-        Answer([1], [VOCABULARY], None),
-        Answer([1], [], None),
-        Answer([1] * 60, [2] * 5, None),
+        Answer([1], [VOCABULARY]),
+        Answer([1], []),
+        Answer([1] * 60, [2] * 5),
     )
     results = running.score(good, outside, None, empty, too_long, good)
     assert [r.status for r in results] == ["scored", "failed", "skipped", "failed", "failed", "scored"]
@@ -206,9 +212,10 @@ def test_one_bad_answer_fails_alone(running):
 
 
 def test_the_engines_log_probability_is_checked(running):
-    (plain,) = running.score(Answer(*SAMPLES[0], None))
-    (same,) = running.score(Answer(*SAMPLES[0], plain.log_probability + 1e-4))
-    (other,) = running.score(Answer(*SAMPLES[0], plain.log_probability + 1))
+    (plain,) = running.score(Answer(*SAMPLES[0]))
+    half = plain.log_probability / 2
+    (same,) = running.score(Answer(*SAMPLES[0], [half, half + 1e-4]))
+    (other,) = running.score(Answer(*SAMPLES[0], [half, half + 1]))
     assert same.warnings == ()
     assert len(other.warnings) == 1
     assert "differs from the engine's" in other.warnings[0]
@@ -223,32 +230,31 @@ def test_only_this_user_reaches_it(running):
 
 
 def test_a_passed_deadline_fails_and_the_next_is_scored(running):
-    sample = [SampleMessage(*SAMPLES[0])]
     client, process = running.service._client, running.process
     process.suspend()
     try:
         start = time.monotonic()
-        with pytest.raises(ScorerUnavailableError, match=r"has not answered within 0\.5 s"):
-            running.call(client.score(sample, 0.5))
+        with pytest.raises(DeadlineError, match=r"has not answered within 0\.5 s"):
+            running.call(client.score(*SAMPLES[0], 0.5))
         assert 0.4 < time.monotonic() - start < 5
     finally:
         process.resume()
-    assert running.call(client.score(sample, START_SECONDS))[0].status == "scored"
+    assert running.call(client.score(*SAMPLES[0], START_SECONDS)).status == "scored"
     assert client._pending == {}
 
 
 def test_killed_with_answers_in_hand_it_restarts(running):
-    answer = Answer(*SAMPLES[0], None)
+    answer = Answer(*SAMPLES[0])
     (before,) = running.score(answer)
     first = running.process
     first.suspend()
     waiting = [running.ask(running.service.score([answer, answer])) for _ in range(3)]
-    wait_until(lambda: len(running.service._client._pending) == 3, 10)
+    wait_until(lambda: len(running.service._client._pending) == 6, 10)
     first.kill()
     for future in waiting:
         for result in future.result(30):
-            assert result.status == "failed"
-            assert "died while it held this answer" in result.reason
+            assert result["status"] == "failed"
+            assert "died while it held this answer" in result["reason"]
     wait_until(lambda: running.service.state.status == "restarting", 10)
     (between,) = running.score(answer)
     if between.status == "failed":  # else the restart was quicker
@@ -260,32 +266,32 @@ def test_killed_with_answers_in_hand_it_restarts(running):
 
 
 def test_stop_leaves_nothing(model_path, own_temp_folder):
-    running = Running(ServedModel(model=model_path, dtype="float32"))
+    running = Running(ServedModel(model=model_path, dtype="float32"), keep_results=0)
     running.wait_for("ready")
     process, folder = running.process, running.folder
     assert folder.parent == own_temp_folder
     process.suspend()
-    waiting = running.ask(running.service.score([Answer(*SAMPLES[0], None)]))
+    waiting = running.ask(running.service.score([Answer(*SAMPLES[0])]))
     wait_until(lambda: running.service._client._pending, 10)
     running.call(running.service.stop())
     (result,) = waiting.result(10)
-    assert (result.status, bool(result.reason)) == ("failed", True)
+    assert (result["status"], bool(result["reason"])) == ("failed", True)
     assert gone(process.pid)
     assert list(own_temp_folder.iterdir()) == []
     assert running.service.state.status == "stopped"
-    (late,) = running.score(Answer(*SAMPLES[0], None))
+    (late,) = running.score(Answer(*SAMPLES[0]))
     assert late.status == "failed"
     assert "shutting down" in late.reason
     running.stop()  # a second time is nothing
 
 
 def test_stop_while_it_loads(model_path, own_temp_folder):
-    running = Running(ServedModel(model=model_path, dtype="float32"))
+    running = Running(ServedModel(model=model_path, dtype="float32"), keep_results=0)
     wait_until(lambda: set(scorers()) - running.before, 30)
     process = running.process
-    waiting = running.ask(running.service.score([Answer(*SAMPLES[0], None)]))
+    waiting = running.ask(running.service.score([Answer(*SAMPLES[0])]))
     running.stop()
-    assert waiting.result(10)[0].status == "failed"
+    assert waiting.result(10)[0]["status"] == "failed"
     assert gone(process.pid)
     assert list(own_temp_folder.iterdir()) == []
 
@@ -293,8 +299,8 @@ def test_stop_while_it_loads(model_path, own_temp_folder):
 def test_deadline_while_it_loads(model_path):
     running = Running(ServedModel(model=model_path, dtype="float32"), deadline_seconds=0.2)
     try:
-        (result,) = running.score(Answer(*SAMPLES[0], None))
-        assert result.status == "failed"
+        (result,) = running.score(Answer(*SAMPLES[0]))
+        assert result.status == "skipped"
         assert "has not started within 0.2 s" in result.reason
     finally:
         running.stop()
@@ -302,15 +308,16 @@ def test_deadline_while_it_loads(model_path):
 
 def test_no_answer_is_lost_when_many_wait_for_a_scorer_that_dies(model_path):
     """More than ZeroMQ's queue of 1000 holds."""
-    running = Running(ServedModel(model=model_path, dtype="float32"), deadline_seconds=START_SECONDS)
+    served = ServedModel(model=model_path, dtype="float32")
+    running = Running(served, deadline_seconds=START_SECONDS, max_queue=3000)
     try:
         running.wait_for("ready", "failed")
         process = running.process
         process.suspend()
-        waiting = [running.ask(running.service.score([Answer(*SAMPLES[0], None)])) for _ in range(3000)]
+        waiting = [running.ask(running.service.score([Answer(*SAMPLES[0])])) for _ in range(3000)]
         wait_until(lambda: len(running.service._client._pending) == 3000, 30)
         process.kill()
-        assert {future.result(60)[0].status for future in waiting} == {"failed"}
+        assert {future.result(60)[0]["status"] for future in waiting} == {"failed"}
     finally:
         running.stop()
 
@@ -323,7 +330,7 @@ def test_a_temp_folder_too_deep_for_a_socket(model_path, own_temp_folder, monkey
     monkeypatch.setattr(tempfile, "tempdir", str(deep))
     running = Running(ServedModel(model=model_path, dtype="float32"), deadline_seconds=START_SECONDS)
     try:
-        (result,) = running.score(Answer(*SAMPLES[0], None))
+        (result,) = running.score(Answer(*SAMPLES[0]))
         assert result.status == "failed"
         assert "ipc path" in result.reason
         assert running.wait_for("failed")  # and does not try again for ever
@@ -352,8 +359,8 @@ def test_a_scorer_that_cannot_start_ends_in_order(tmp_path):
 def test_before_the_start():
     service = UncertaintyService(load_settings())
     assert service.state.status == "starting"
-    (result,) = asyncio.run(service.score([Answer([1], [2], None)]))
-    assert (result.status, result.reason) == ("failed", "the scorer is not started yet")
+    (result,) = asyncio.run(service.score([Answer([1], [2])]))
+    assert (result["status"], result["reason"]) == ("failed", "the scorer is not started yet")
     asyncio.run(service.stop())
 
 
@@ -361,11 +368,11 @@ def test_unknown_model(tmp_path):
     path = str(tmp_path / "nowhere")
     running = Running(ServedModel(model=path, dtype="float32"), deadline_seconds=START_SECONDS)
     try:
-        results = running.score(Answer([1], [2], None), Answer([1], [3], None))
+        results = running.score(Answer([1], [2]), Answer([1], [3]))
         state = running.wait_for("failed")
         assert path in state.reason
         assert "\n" not in state.reason
-        for result in [*results, *running.score(Answer([1], [2], None))]:
+        for result in [*results, *running.score(Answer([1], [2]))]:
             assert result.status == "failed"
             assert path in result.reason
         wait_until(lambda: set(scorers()) == running.before, 10)  # it does not try again
@@ -389,7 +396,7 @@ def test_scorer_model_with_another_vocabulary(model_path, tmp_path):
 
     served = with_tokenizer("served", ["<unk>", "a", "b"])
     same, other = with_tokenizer("same", ["<unk>", "a", "b"]), with_tokenizer("other", ["<unk>", "b", "a"])
-    answer = Answer(*SAMPLES[0], None)
+    answer = Answer(*SAMPLES[0])
     good = Running(ServedModel(model=served, dtype="float32"), scorer_model=same, deadline_seconds=START_SECONDS)
     bad = Running(ServedModel(model=served, dtype="float32"), scorer_model=other, deadline_seconds=START_SECONDS)
     try:
@@ -449,9 +456,189 @@ def test_client_alone(model_path):
         client = ScorerClient(ScorerConfig(endpoint="", model=model_path, served_model=model_path, device="cpu"))
         client.start()
         try:
-            return await client.score([SampleMessage(*SAMPLES[1])], START_SECONDS)
+            return await client.score(*SAMPLES[1], START_SECONDS)
         finally:
             await client.stop()
 
-    (result,) = asyncio.run(go())
+    result = asyncio.run(go())
     assert (result.status, result.tokens) == ("scored", 1)
+
+
+class Stopped:
+    """The scorer held up while the test fills its queue."""
+
+    def __init__(self, running):
+        self.process = running.process
+
+    def __enter__(self):
+        self.process.suspend()
+
+    def __exit__(self, *_):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self.process.resume()
+
+
+@pytest.mark.parametrize(
+    ("on_overload", "expected"), [("skip", ["scored", "scored", "skipped"]), ("wait", ["scored"] * 3)]
+)
+def test_a_full_queue_skips_or_waits(model_path, on_overload, expected):
+    settings = {"deadline_seconds": START_SECONDS, "max_queue": 2, "on_overload": on_overload}
+    running = Running(ServedModel(model=model_path, dtype="float32"), **settings)
+    try:
+        running.wait_for("ready", "failed")
+        with Stopped(running):
+            waiting = [running.ask(running.service.score([Answer(*SAMPLES[0])])) for _ in range(3)]
+            wait_until(lambda: len(running.service._client._pending) == 2, 10)
+            if on_overload == "skip":
+                (result,) = waiting[2].result(10)
+                assert "the scoring queue is full (max_queue=2)" in result["reason"]
+        assert [future.result(START_SECONDS)[0]["status"] for future in waiting] == expected
+    finally:
+        running.stop()
+
+
+def test_who_waits_for_a_place_waits_no_longer_than_the_deadline(model_path):
+    settings = {"deadline_seconds": START_SECONDS, "max_queue": 1, "on_overload": "wait"}
+    running = Running(ServedModel(model=model_path, dtype="float32"), **settings)
+    try:
+        running.wait_for("ready", "failed")
+        client = running.service._client
+        with Stopped(running):
+            first = running.ask(client.score(*SAMPLES[0], START_SECONDS))
+            wait_until(lambda: len(client._pending) == 1, 10)
+            with pytest.raises(DeadlineError):
+                running.call(client.score(*SAMPLES[0], 0.3))
+        assert first.result(START_SECONDS).status == "scored"
+    finally:
+        running.stop()
+
+
+def test_given_up_answers_leave_the_scorers_queue(running, in_process):
+    """The scorer scores nothing that nobody waits for: after 200 given up, the next is there at once."""
+    client = running.service._client
+    with Stopped(running):
+        given_up = [running.ask(client.score([1] * 30, [2] * 30, START_SECONDS)) for _ in range(200)]
+        wait_until(lambda: len(client._pending) == 200, 10)
+        for future in given_up:
+            future.cancel()
+        wait_until(lambda: not client._pending, 10)
+        (expected,) = in_process.score([Sample(*SAMPLES[0])])
+        kept = running.ask(client.score(*SAMPLES[0], START_SECONDS))
+    close_to(expected)(kept.result(START_SECONDS))
+
+
+def test_too_long_an_answer_is_skipped(model_path):
+    running = Running(ServedModel(model=model_path, dtype="float32"), max_score_tokens=6)
+    try:
+        long, short = Answer([1] * 5, [2, 3]), Answer([1] * 4, [2, 3])
+        skipped, scored = running.score(long, short)
+        assert (skipped.status, skipped.reason) == (
+            "skipped",
+            "prompt and answer have 7 tokens (max_score_tokens=6)",
+        )
+        assert scored.status == "scored"
+    finally:
+        running.stop()
+
+
+def test_thinking_and_answer_are_scored_apart(running, in_process):
+    prompt, thinking, answer = [1, 5, 9], [7, 3, 4], [8, 2]
+    whole = Answer(prompt, thinking + answer, thinking=3)
+    (plain,) = running.call(running.service.score([whole]))
+    assert "thinking" not in plain
+    (both,) = running.call(running.service.score([whole], ScoreOptions(thinking=True)))
+    headline, thought = Uncertainty.from_dict(both), Uncertainty.from_dict(both["thinking"])
+    expected_answer, expected_thinking = in_process.score(
+        [Sample(prompt + thinking, answer), Sample(prompt, thinking)]
+    )
+    close_to(expected_answer)(headline)
+    close_to(expected_answer)(Uncertainty.from_dict(plain))
+    close_to(expected_thinking.replace(span="thinking"))(thought)
+    (unfinished,) = running.call(
+        running.service.score([Answer(prompt, thinking, thinking=3)], ScoreOptions(thinking=True))
+    )
+    assert (unfinished["status"], unfinished["thinking"]["status"]) == ("skipped", "scored")
+    (none,) = running.call(running.service.score([Answer(prompt, answer)], ScoreOptions(thinking=True)))
+    assert (none["status"], none["thinking"]) == ("scored", None)
+
+
+def test_a_forced_answer_is_scored_with_a_warning(running):
+    (result,) = running.score(Answer(*SAMPLES[0], grammar=True))
+    assert result.status == "scored"
+    assert len(result.warnings) == 1
+    assert "grammar" in result.warnings[0]
+
+
+def test_without_waiting_the_result_comes_later_also_through_a_restart(model_path, tmp_path):
+    running = Running(
+        ServedModel(model=model_path, dtype="float32"),
+        deadline_seconds=START_SECONDS,
+        results_path=str(tmp_path / "results.sqlite"),
+    )
+    try:
+        running.wait_for("ready", "failed")
+
+        def look(result_id):
+            return running.call(running.service.result(result_id))
+
+        with Stopped(running):
+            done, lost = (running.score(Answer(*SAMPLES[0]), wait=False)[0] for _ in range(2))
+            assert (done.status, lost.status) == ("pending", "pending")
+            assert look(done.id)["status"] == "pending"
+        wait_until(lambda: look(done.id)["status"] == "scored", START_SECONDS)
+        wait_until(lambda: look(lost.id)["status"] == "scored", START_SECONDS)
+        with Stopped(running):
+            (killed,) = running.score(Answer(*SAMPLES[0]), wait=False)
+            wait_until(lambda: running.service._client._pending, 10)
+            running.process.kill()
+            wait_until(lambda: look(killed.id)["status"] == "failed", 30)
+            assert "died" in look(killed.id)["reason"]
+        assert look(done.id)["status"] == "scored"
+        assert look("unc-unknown") is None
+        (waited,) = running.score(Answer(*SAMPLES[0]))
+        wait_until(lambda: look(waited.id) is not None, 10)
+    finally:
+        running.stop()
+
+
+def test_where_results_cannot_be_kept_only_the_pending_fail(model_path, tmp_path):
+    served = ServedModel(model=model_path, dtype="float32")
+    path = str(tmp_path / "nowhere" / "results.sqlite")
+    running = Running(served, deadline_seconds=START_SECONDS, results_path=path)
+    try:
+        (later,) = running.score(Answer(*SAMPLES[0]), wait=False)
+        assert later.status == "failed"
+        assert path in later.reason
+        assert running.score(Answer(*SAMPLES[0]))[0].status == "scored"
+    finally:
+        running.stop()
+
+
+def test_options_reach_the_scorer(running, in_process):
+    prompt, answer = SAMPLES[2]
+    given = Answer(prompt, answer)
+    (plain,), (asked,) = running.score(given), running.score(given, trace=True, semantic=True)
+    (expected,) = in_process.score([Sample(prompt, answer)], trace=True, semantic=True)
+    assert plain.trace is None
+    assert plain.signals.semgrad is None
+    assert asked.trace.epistemic == pytest.approx(expected.trace.epistemic, rel=1e-5)
+    for name in ("semgrad", "exgrad", "paragrad", "hybridgrad", "log_hidden_grad"):
+        assert getattr(asked.signals, name) == pytest.approx(getattr(expected.signals, name), rel=1e-5), name
+    (only,) = running.score(given, mode="answer_only")
+    (expected_only,) = in_process.score([Sample(prompt, answer)], mode="answer_only")
+    close_to(expected_only)(only)
+    assert only.fingerprint != plain.fingerprint
+
+
+def test_what_the_operator_does_not_allow_is_left_out_with_a_warning(running, monkeypatch):
+    prompt, answer = SAMPLES[2]
+    settings = running.service.settings.model_copy(update={"max_trace_tokens": 2, "allow_semantic": False})
+    monkeypatch.setattr(running.service, "settings", settings)
+    (result,) = running.score(Answer(prompt, answer), trace=True, semantic=True)
+    assert result.status == "scored"
+    assert result.trace is None
+    assert result.signals.semgrad is None
+    assert result.warnings == (
+        "no trace: the answer has 5 tokens (max_trace_tokens=2)",
+        "no semantic signals: not allowed here (allow_semantic=false)",
+    )

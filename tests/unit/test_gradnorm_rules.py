@@ -1,19 +1,21 @@
 """Each rule on a layer of its own, against plain autograd, one sample at a time."""
 
 import copy
+import importlib
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.models.cohere.modeling_cohere import CohereLayerNorm
+from transformers.models.falcon.modeling_falcon import FalconLinear
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
-from transformers.models.mistral.modeling_mistral import MistralRMSNorm
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.pytorch_utils import Conv1D
 
 from gnuq_serve.gradnorm import linear as linear_rules
-from gnuq_serve.gradnorm.layer_input import LayerInput
+from gnuq_serve.gradnorm import registry
+from gnuq_serve.gradnorm.layer_call import LayerCall, SharedInput
 from gnuq_serve.gradnorm.registry import rule_for
 from gnuq_serve.gradnorm.tied import TiedHead
 
@@ -28,13 +30,17 @@ def perturbed(layer: nn.Module) -> nn.Module:
     return layer.double()
 
 
-def by_rule(layer: nn.Module, tensor: Tensor, delta: Tensor, readers: int = 1) -> Tensor:
+def registered(*rules: str) -> list[type[nn.Module]]:
+    """The layer types of these rules; every name that is registered must exist."""
+    names = [key.rpartition(".") for key, rule in registry._rules.items() if rule.name in rules]
+    return [getattr(importlib.import_module(module), name) for module, _, name in names]
+
+
+def by_rule(layer: nn.Module, tensor: Tensor, delta: Tensor) -> Tensor:
     rule = rule_for(layer)
     assert rule is not None
     assert {name for name, _ in layer.named_parameters()} <= rule.parameters
-    inputs = LayerInput(tensor)
-    inputs.readers = readers
-    return rule.function(layer, inputs, delta)
+    return rule.function(layer, LayerCall.of(tensor), delta)
 
 
 def by_autograd(layer: nn.Module, tensor: Tensor, delta: Tensor) -> Tensor:
@@ -50,12 +56,12 @@ def by_autograd(layer: nn.Module, tensor: Tensor, delta: Tensor) -> Tensor:
     return torch.stack(norms)
 
 
-def assert_exact(layer: nn.Module, tensor: Tensor, d_out: int, **options: Any) -> None:
+def assert_exact(layer: nn.Module, tensor: Tensor, d_out: int, rtol: float = 1e-10) -> None:
     delta = torch.randn(*tensor.shape[: 2 if tensor.dtype == torch.long else -1], d_out, dtype=torch.float64)
-    actual = by_rule(layer, tensor, delta, **options)
+    actual = by_rule(layer, tensor, delta)
     assert actual.shape == (len(tensor),)
     assert actual.dtype == torch.float64
-    torch.testing.assert_close(actual, by_autograd(layer, tensor, delta), rtol=1e-10, atol=0)
+    torch.testing.assert_close(actual, by_autograd(layer, tensor, delta), rtol=rtol, atol=0)
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +88,7 @@ LINEAR_LAYERS: dict[str, Callable[[], nn.Module]] = {
     "linear with bias": lambda: nn.Linear(D_IN, D_OUT),
     "linear": lambda: nn.Linear(D_IN, D_OUT, bias=False),
     "Conv1D": lambda: Conv1D(D_OUT, D_IN),
+    "FalconLinear": lambda: FalconLinear(D_IN, D_OUT),
 }
 
 
@@ -112,45 +119,52 @@ class TestLinear:
 def test_readers_of_one_input_share_its_gram():
     layers = [perturbed(nn.Linear(D_IN, D_OUT)) for _ in range(2)]
     tensor = torch.randn(SAMPLES, SHORT, D_IN, dtype=torch.float64)
-    inputs = LayerInput(tensor)
-    inputs.readers = 2
+    shared = SharedInput(tensor)
+    calls = [LayerCall(shared) for _ in layers]
     grams = []
-    for layer in layers:
+    for layer, call in zip(layers, calls, strict=True):
         delta = torch.randn(SAMPLES, SHORT, D_OUT, dtype=torch.float64)
-        actual = rule_for(layer).function(layer, inputs, delta)
+        actual = rule_for(layer).function(layer, call, delta)
         torch.testing.assert_close(actual, by_autograd(layer, tensor, delta), rtol=1e-10, atol=0)
-        grams.append(inputs.gram())
+        assert call.readers == 2
+        grams.append(call.gram())
     assert grams[0] is grams[1]
 
 
 def test_input_changed_in_place_is_noticed():
     tensor = torch.randn(SAMPLES, SHORT, D_IN)
-    inputs = LayerInput(tensor)
-    inputs.check_unchanged("layer")
+    call = LayerCall.of(tensor)
+    call.check_unchanged("layer")
     tensor.add_(1)
     with pytest.raises(RuntimeError, match=r"the input of model\.layer was changed in place"):
-        inputs.check_unchanged("model.layer")
+        call.check_unchanged("model.layer")
 
 
-NORMS: dict[str, Callable[[], nn.Module]] = {
-    "LayerNorm": lambda: nn.LayerNorm(D_IN),
-    "LayerNorm without bias": lambda: nn.LayerNorm(D_IN, bias=False),
-    "RMSNorm": lambda: nn.RMSNorm(D_IN),
-    "LlamaRMSNorm": lambda: LlamaRMSNorm(D_IN),
-    "MistralRMSNorm": lambda: MistralRMSNorm(D_IN),
-    "Qwen2RMSNorm": lambda: Qwen2RMSNorm(D_IN),
-}
+def test_rows_of_all_samples_in_one():
+    # As layers inside a mixture of experts are called: (B * T, d).
+    layer = perturbed(nn.Linear(D_IN, D_OUT))
+    tensor = torch.randn(SAMPLES, SHORT, D_IN, dtype=torch.float64)
+    delta = torch.randn(SAMPLES, SHORT, D_OUT, dtype=torch.float64)
+    call = LayerCall(SharedInput(tensor.flatten(0, 1)), (SAMPLES, SHORT))
+    actual = rule_for(layer).function(layer, call, call.by_sample(delta.flatten(0, 1)))
+    torch.testing.assert_close(actual, by_autograd(layer, tensor, delta), rtol=1e-10, atol=0)
 
 
-@pytest.mark.parametrize("make", NORMS.values(), ids=NORMS.keys())
+# Gemma's and Cohere's norms go through float32 whatever the dtype, and there autograd sums the weight's gradient.
+IN_FLOAT32 = ("Gemma", "Cohere")
+
+
+@pytest.mark.parametrize("layer_type", registered("scaled_norm", "one_plus_norm"))
 class TestNorms:
     @pytest.mark.parametrize("inner", [(1,), (6,), (4, 3)])
-    def test_exact(self, make, inner):
+    def test_exact(self, layer_type, inner):
         # (4, 3): tokens and attention heads, as query and key norms see them.
-        assert_exact(perturbed(make()), torch.randn(SAMPLES, *inner, D_IN, dtype=torch.float64), D_IN)
+        rtol = 1e-6 if layer_type.__name__.startswith(IN_FLOAT32) else 1e-10
+        tensor = torch.randn(SAMPLES, *inner, D_IN, dtype=torch.float64)
+        assert_exact(perturbed(layer_type(D_IN)), tensor, D_IN, rtol)
 
-    def test_weights_are_left_alone(self, make):
-        layer = perturbed(make())
+    def test_weights_are_left_alone(self, layer_type):
+        layer = perturbed(layer_type(D_IN))
         before = {name: parameter.clone() for name, parameter in layer.named_parameters()}
         by_rule(layer, *torch.randn(2, SAMPLES, 6, D_IN, dtype=torch.float64))
         for name, parameter in layer.named_parameters():
@@ -170,6 +184,37 @@ class TestEmbedding:
         layer = perturbed(nn.Embedding(10, D_IN, padding_idx=1))
         delta = torch.randn(3, 5, D_IN, dtype=torch.float64)
         assert by_rule(layer, self.IDS, delta)[1] > 0
+
+
+@pytest.mark.parametrize("layer_type", [t for t in registered("embedding") if t is not nn.Embedding])
+class TestScaledEmbedding:
+    def test_exact(self, layer_type):
+        layer = perturbed(layer_type(10, D_IN, 1, embed_scale=3.25))
+        assert float(layer.embed_scale) == 3.25
+        assert_exact(layer, TestEmbedding.IDS, D_IN)
+
+    def test_scale_is_rounded_as_the_layer_rounds_it(self, layer_type):
+        # 25.298 is 25.25 in bfloat16: 0.4 % of the squared norm.
+        layer = layer_type(10, D_IN, None, embed_scale=640**0.5).bfloat16()
+        layer.embed_scale.data = torch.tensor(640**0.5)
+        nn.init.ones_(layer.weight)
+        factor = layer(torch.tensor([3])).unique().item()
+        assert factor == 25.25
+        delta = torch.randn(1, 1, D_IN, dtype=torch.bfloat16)
+        expected = (delta.double() * factor).square().sum()
+        actual = by_rule(layer, torch.tensor([[3]]), delta)[0]
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-6, atol=0)
+
+
+def test_layer_norm_without_bias():
+    layer = perturbed(nn.LayerNorm(D_IN, bias=False))
+    assert_exact(layer, torch.randn(SAMPLES, 6, D_IN, dtype=torch.float64), D_IN)
+
+
+def test_norm_with_a_weight_for_each_head():
+    layer = perturbed(CohereLayerNorm((4, D_IN)))
+    tensor = torch.randn(SAMPLES, 6, 4, D_IN, dtype=torch.float64)
+    assert_exact(layer, tensor, D_IN, rtol=1e-6)
 
 
 @pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
@@ -195,7 +240,7 @@ def test_tied_head_and_embedding(padding_idx):
     scalar = (weight[ids] * delta_embedding).sum() + (hidden @ weight.T * delta_head).sum()
     (gradient,) = torch.autograd.grad(scalar, weight)
 
-    cross = TiedHead(hidden, delta_head, ids).cross_term(delta_embedding)
+    cross = TiedHead.of(hidden, delta_head, ids).cross_term(delta_embedding)
     parts = by_rule(embedding, ids[None], delta_embedding[None]) + by_rule(head, hidden[None], delta_head[None])
     assert cross.abs() > 0.01 * parts.sum()
     torch.testing.assert_close((parts + cross)[0], gradient.square().sum(), rtol=1e-10, atol=0)
@@ -207,6 +252,7 @@ BFLOAT16_LAYERS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "LayerNorm": (lambda: nn.LayerNorm(64), 200),
     "RMSNorm": (lambda: nn.RMSNorm(64), 200),
     "LlamaRMSNorm": (lambda: LlamaRMSNorm(64), 200),
+    "GemmaRMSNorm": (lambda: GemmaRMSNorm(64), 200),
 }
 
 
@@ -221,7 +267,7 @@ def test_bfloat16_accumulates_in_float32(make, tokens):
         weight = delta.double().mT @ tensor.double()
     else:
         neutral = copy.deepcopy(layer)
-        nn.init.ones_(neutral.weight)
+        nn.init.constant_(neutral.weight, 0 if isinstance(layer, GemmaRMSNorm) else 1)
         if getattr(neutral, "bias", None) is not None:
             nn.init.zeros_(neutral.bias)
         weight = (neutral(tensor).double() * delta.double()).sum(1)
@@ -236,7 +282,7 @@ def test_bfloat16_embedding_and_tie_accumulate_in_float32():
     delta, hidden = torch.randn(1, 400, 64, dtype=torch.bfloat16), torch.randn(9, 64, dtype=torch.bfloat16)
     delta_head = torch.randn(9, 5, dtype=torch.bfloat16)
     actual = by_rule(nn.Embedding(5, 64, dtype=torch.bfloat16), ids, delta)
-    cross = TiedHead(hidden, delta_head, ids[0]).cross_term(delta[0])
+    cross = TiedHead.of(hidden, delta_head, ids[0]).cross_term(delta[0].float())
     assert actual.dtype == cross.dtype == torch.float32
 
     rows = torch.zeros(5, 64, dtype=torch.float64).index_add_(0, ids[0], delta[0].double())

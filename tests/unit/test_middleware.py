@@ -5,11 +5,11 @@ import httpx
 import pytest
 from prometheus_client import REGISTRY
 from starlette.applications import Starlette
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from gnuq_serve.service.middleware import UncertaintyMiddleware
-from gnuq_serve.service.service import UncertaintyService
+from gnuq_serve.service.service import Server, UncertaintyService
 from gnuq_serve.service.settings import load_settings
 from gnuq_serve.uncertainty import Uncertainty
 
@@ -23,18 +23,28 @@ class StandInService:
 
     def __init__(self, uncertainties=(SCORED,), error=None, mirror=False, adapters=()):
         self.settings = load_settings().model_copy(update={"mirror_in_logprobs": mirror})
-        self.adapters = adapters
-        self.uncertainties, self.error = list(uncertainties), error
-        self.asked = []
+        self.server = Server(adapters=lambda: adapters)
+        self.uncertainties, self.error = [one.to_dict() for one in uncertainties], error
+        self.asked, self.kept, self.given_up = [], [], 0
+        self.ready = None  # an event to wait for
+        self.was_asked = asyncio.Event()
 
     skip = UncertaintyService.skip
 
-    async def score(self, answers):
+    def _keep_soon(self, results):
+        self.kept += results
+
+    async def score(self, answers, options):
         self.asked.append(answers)
-        await asyncio.sleep(0)
+        self.was_asked.set()
+        try:
+            await (asyncio.sleep(0) if self.ready is None else self.ready.wait())
+        except asyncio.CancelledError:
+            self.given_up += 1
+            raise
         if self.error is not None:
             raise self.error
-        return self.uncertainties
+        return self.uncertainties[: len(answers)]
 
 
 class Served:
@@ -95,7 +105,8 @@ def test_a_response_carries_its_uncertainty():
     expected["choices"][0] |= {"token_ids": None, "logprobs": None, "uncertainty": SCORED.to_dict()}
     assert response.json() == expected
     (asked,) = served.service.asked
-    assert (asked[0].prompt_ids, asked[0].answer_ids, asked[0].log_probability) == ([1, 5, 6], [7, 2], -0.75)
+    span = asked[0].answer_span
+    assert (span.prompt_ids, span.answer_ids, span.log_probability) == ([1, 5, 6], [7, 2], -0.75)
     assert count("gnuq_answers_total", route="chat", status="scored") == before + 1
 
 
@@ -180,7 +191,7 @@ def test_opt_out_gives_vllms_own_bytes():
     assert count("gnuq_unscored_requests_total", route="chat", reason="off") == before + 1
 
 
-@pytest.mark.parametrize("value", ["yes", 1, {"mode": "fast"}, {"wait": False}, {"color": 1}])
+@pytest.mark.parametrize("value", ["yes", 1, {"mode": "fast"}, {"wait": 0}, {"color": 1}])
 def test_a_wrong_field_is_refused_in_openais_shape(value):
     served = Served(JSONResponse(vllm_response()))
     response = served.call(json=REQUEST | {"uncertainty": value})
@@ -200,6 +211,14 @@ def test_when_scoring_breaks_vllms_response_goes_out(caplog):
     assert "boom" in caplog.text
 
 
+def test_an_answer_that_vllm_gave_up_is_no_error(caplog):
+    """It answers null to a client that has hung up."""
+    before = count("gnuq_unscored_requests_total", route="chat", reason="incomplete")
+    assert through(json_app([b"null"]), request_messages(json.dumps(REQUEST).encode())) == []
+    assert caplog.text == ""
+    assert count("gnuq_unscored_requests_total", route="chat", reason="incomplete") == before + 1
+
+
 @pytest.mark.parametrize("body", [b"not json", b'{"choices": null}', b"{}", b"[]"])
 def test_a_response_of_another_shape_goes_out_as_it_is(body):
     served = Served(Response(body, media_type="application/json"))
@@ -207,7 +226,7 @@ def test_a_response_of_another_shape_goes_out_as_it_is(body):
 
 
 def test_a_number_that_is_not_json_never_leaves():
-    odd = SCORED.replace(entropy=float("nan"))
+    odd = SCORED.replace(entropy=float("nan"))  # a bug; the client must not see it
     body = json.dumps(vllm_response()).encode()
     served = Served(Response(body, media_type="application/json"), StandInService([odd]))
     assert served.call().content == body
@@ -216,10 +235,12 @@ def test_a_number_that_is_not_json_never_leaves():
 def test_what_is_skipped_is_not_scored_but_says_so():
     served = Served(JSONResponse(vllm_response()))
     before = count("gnuq_answers_total", route="chat", status="skipped")
-    asked = REQUEST | {"include_reasoning": False, "logprobs": True, "return_token_ids": True}
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    asked = REQUEST | {"include_reasoning": False, "tools": tools, "logprobs": True, "return_token_ids": True}
     answer = served.call(json=asked).json()
     uncertainty = answer["choices"][0].pop("uncertainty")
     assert uncertainty["status"] == "skipped"
+    assert [one["id"] for one in served.service.kept] == [uncertainty["id"]]
     assert "include_reasoning" in uncertainty["reason"]
     assert answer == vllm_response()  # logprobs and token ids were the client's own wish
     assert json.loads(served.bodies[0]) == asked
@@ -257,11 +278,14 @@ def request_messages(body, chunks=1):
 
 
 def through(app, received, service=None, path=CHAT, headers=()):
-    """Run one connection; what the client gets. After the given messages ``receive`` reports a disconnect."""
+    """Run one connection; what the client gets. It hangs up after what it was to send."""
     sent, waiting = [], iter(received)
 
     async def receive():
-        return next(waiting, {"type": "http.disconnect"})
+        if (message := next(waiting, None)) is not None:
+            return message
+        await asyncio.sleep(0.05 if sent or not received else 0)
+        return {"type": "http.disconnect"}
 
     async def send(message):
         sent.append(message)
@@ -343,39 +367,158 @@ def test_a_disconnect_after_the_body_reaches_the_app(body):
     assert received[0]["more_body"] is False
 
 
-@pytest.mark.parametrize("field", [{}, {"uncertainty": True}])
-def test_a_stream_passes_event_by_event(field):
-    sent, seen_by_app = [], []
+def chunk(content, *ids, finish_reason=None, **more):
+    choice = {"index": 0, "delta": {"content": content}, "logprobs": None, "finish_reason": finish_reason}
+    return {"id": "chatcmpl-1", "choices": [choice | {"token_ids": list(ids)}]} | more
 
-    async def events():
-        for i in range(3):
-            seen_by_app.append(len(sent))
-            yield f"data: {i}\n\n"
 
-    async def app(scope, receive, send):
+def event(data):
+    return f"data: {json.dumps(data)}\n\n".encode()
+
+
+ROLE = {
+    "id": "chatcmpl-1",
+    "choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None}],
+    "prompt_token_ids": [1, 5],
+}
+USAGE = {"id": "chatcmpl-1", "choices": [], "usage": {"total_tokens": 4}}
+EVENTS = [ROLE, chunk("Hi", 7), chunk("", 2, finish_reason="stop"), USAGE]
+
+
+class Connection:
+    """One streamed request whose client can hang up at any time."""
+
+    def __init__(self, messages, service=None, body=REQUEST, listens=True):
+        """``listens``: the application cancels itself when the client hangs up, as Starlette does."""
+        self.sent, self.service, self.body = [], service or StandInService(), body
+        self.messages, self.listens = messages, listens
+        self.seen_by_app = []
+        self.hung_up = None
+
+    async def app(self, scope, receive, send):
         assert "uncertainty" not in json.loads((await receive())["body"])
-        await StreamingResponse(events(), media_type="text/event-stream")(scope, receive, send)
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
 
-    async def go():
-        messages = iter(request_messages(json.dumps(REQUEST | {"stream": True} | field).encode()))
+        async def stream():
+            for data in self.messages:
+                self.seen_by_app.append(len(self.sent))
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+        if not self.listens:
+            await stream()
+            return
+        streaming = asyncio.ensure_future(stream())
+        listening = asyncio.ensure_future(receive())
+        await asyncio.wait((streaming, listening), return_when=asyncio.FIRST_COMPLETED)
+        for task in (streaming, listening):
+            task.cancel()
+        await asyncio.gather(streaming, listening, return_exceptions=True)
+
+    async def run(self):
+        self.hung_up = asyncio.Event()
+        body = json.dumps(self.body | {"stream": True}).encode()
+        request = iter([{"type": "http.request", "body": body, "more_body": False}])
 
         async def receive():
-            if (message := next(messages, None)) is None:
-                await asyncio.Event().wait()
-            return message
+            if (message := next(request, None)) is not None:
+                return message
+            await self.hung_up.wait()
+            return {"type": "http.disconnect"}
 
         async def send(message):
-            sent.append(message)
+            self.sent.append(message)
 
+        await UncertaintyMiddleware(self.app, self.service)(scope(), receive, send)
+
+    @property
+    def events(self):
+        body = b"".join(message.get("body", b"") for message in self.sent)
+        parts = body.decode().split("\n\n")
+        assert parts.pop() == ""
+        return [part if part[6:7] != "{" else json.loads(part.removeprefix("data: ")) for part in parts]
+
+
+@pytest.mark.parametrize("field", [{}, {"uncertainty": True}])
+def test_a_stream_passes_event_by_event_and_ends_with_its_score(field):
+    before = count("gnuq_answers_total", route="chat", status="scored")
+    connection = Connection([*map(event, EVENTS), b"data: [DONE]\n\n"], body=REQUEST | field)
+    asyncio.run(connection.run())
+    # the start, then each event had gone out when the next was made; with the usage went the score
+    assert connection.seen_by_app == [1, 2, 3, 4, 6]
+    *tokens, closing, usage, done = connection.events
+    assert [event["choices"][0].get("token_ids") for event in tokens] == [None] * 3
+    assert [event["choices"][0]["delta"]["content"] for event in tokens] == ["", "Hi", ""]
+    assert tokens[0]["prompt_token_ids"] is None
+    choice = {"index": 0, "delta": {}, "logprobs": None, "finish_reason": None, "uncertainty": SCORED.to_dict()}
+    assert closing == {"id": "chatcmpl-1", "choices": [choice]}
+    assert usage == USAGE
+    assert done == "data: [DONE]"
+    ((answer,),) = connection.service.asked
+    assert (answer.prompt_ids, answer.answer_ids) == ([1, 5], [7, 2])
+    assert count("gnuq_answers_total", route="chat", status="scored") == before + 1
+    assert not connection.sent[-1].get("more_body")
+
+
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+def test_events_may_come_in_any_pieces(size):
+    whole = b"".join([*map(event, EVENTS), b": keep-alive\n\n", b"data: [DONE]\n\n"])
+    connection = Connection([whole[i : i + size] for i in range(0, len(whole), size)])
+    asyncio.run(connection.run())
+    events = connection.events
+    assert [type(event) for event in events] == [dict] * 5 + [str] * 2
+    assert events[3]["choices"][0]["uncertainty"]["status"] == "scored"
+    assert events[5:] == [": keep-alive", "data: [DONE]"]
+
+
+def test_a_stream_ends_in_order_when_scoring_breaks(caplog):
+    service = StandInService(error=RuntimeError("boom"))
+    connection = Connection([*map(event, EVENTS), b"data: [DONE]\n\n"], service)
+    asyncio.run(connection.run())
+    assert connection.events[3:] == [USAGE, "data: [DONE]"]
+    assert "boom" in caplog.text
+
+
+@pytest.mark.parametrize("broken", [{"error": {"message": "out"}}, {"neither": 1}, {"choices": [{"text": "x"}]}])
+def test_after_an_error_the_stream_passes_as_it_is(broken):
+    before = count("gnuq_unscored_requests_total", route="chat", reason="incomplete")
+    connection = Connection([*map(event, [ROLE, chunk("Hi", 7), broken]), b"data: [DONE]\n\n"])
+    asyncio.run(connection.run())
+    assert connection.events[2:] == [broken, "data: [DONE]"]
+    assert connection.service.asked == []
+    assert count("gnuq_unscored_requests_total", route="chat", reason="incomplete") == before + 1
+
+
+@pytest.mark.parametrize("listens", [True, False], ids=["the app listens", "only we listen"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_hangs_up_while_it_is_scored_frees_everything(listens, stream):
+    async def go():
         service = StandInService()
-        await UncertaintyMiddleware(app, service)(scope(), receive, send)
-        return service
+        service.ready = asyncio.Event()
+        if stream:
+            connection = Connection([*map(event, EVENTS), b"data: [DONE]\n\n"], service, listens=listens)
+        else:
+            connection = Connection([], service)
 
-    before = count("gnuq_unscored_requests_total", route="chat", reason="stream")
-    assert asyncio.run(go()).asked == []
-    assert seen_by_app == [1, 2, 3]  # the start, then each event had gone out when the next was made
-    assert b"".join(message.get("body", b"") for message in sent) == b"data: 0\n\ndata: 1\n\ndata: 2\n\n"
-    assert count("gnuq_unscored_requests_total", route="chat", reason="stream") == before + 1
+            async def app(scope, receive, send):
+                await receive()
+                await JSONResponse(vllm_response())(scope, receive, send)
+
+            connection.app = app
+        running = asyncio.ensure_future(connection.run())
+        await service.was_asked.wait()
+        sent = len(connection.sent)
+        connection.hung_up.set()
+        await asyncio.wait_for(running, 5)
+        return service, connection.sent[sent:], [task for task in asyncio.all_tasks() if not task.done()]
+
+    before = count("gnuq_unscored_requests_total", route="chat", reason="incomplete")
+    service, sent_after, tasks = asyncio.run(go())
+    assert service.given_up == 1
+    assert not any(b"uncertainty" in message.get("body", b"") for message in sent_after)
+    assert len(tasks) == 1  # this one
+    assert count("gnuq_unscored_requests_total", route="chat", reason="incomplete") == before + 1
 
 
 @pytest.mark.parametrize("kind", ["websocket", "lifespan"])

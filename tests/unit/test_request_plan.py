@@ -2,7 +2,7 @@ import copy
 
 import pytest
 
-from gnuq_serve.service.request_plan import ROUTES, InvalidRequestError, plan_request
+from gnuq_serve.service.request_plan import ROUTES, InvalidRequestError, ScoreOptions, plan_request
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "temperature": 0.5}
 TEXT = {"model": "m", "prompt": "Hi", "max_tokens": 4}
@@ -27,7 +27,7 @@ def test_a_plain_request_gains_token_ids_and_logprobs(route, request_body):
 
 @BOTH
 @pytest.mark.parametrize(
-    "field", [None, True, {}, {"mode": "exact"}, {"trace": False, "semantic": False, "wait": True}]
+    "field", [None, True, {}, {"mode": None}, {"trace": False, "semantic": False, "wait": True}]
 )
 def test_our_field_is_taken_out(route, request_body, field):
     plan = plan_request(route, request_body | {"uncertainty": field})
@@ -45,20 +45,17 @@ def test_opt_out_leaves_everything_else_as_it_is(route, request_body, extra):
 
 
 @BOTH
-def test_streams_pass(route, request_body):
+def test_streams_are_asked_for_the_same(route, request_body):
     plan = plan_request(route, request_body | {"stream": True, "uncertainty": True})
-    assert plan.unscored == "stream"
-    assert plan.body == request_body | {"stream": True}
-    assert plan_request(route, request_body | {"stream": False}).unscored is None
-    assert plan_request(route, request_body | {"stream": None}).unscored is None
+    whole = plan_request(route, request_body)
+    assert plan.body == whole.body | {"stream": True}
+    assert (plan.unscored, plan.skip) == (None, None)
 
 
 @BOTH
 @pytest.mark.parametrize(
     ("extra", "reason"),
     [
-        ({"echo": True}, "echo"),
-        ({"include_reasoning": False}, "include_reasoning=false"),
         ({"prompt_embeds": "AAAA"}, "prompt_embeds"),
         ({"model": "lora-a"}, "adapter"),
     ],
@@ -227,12 +224,14 @@ def test_no_grammar(route, request_body, extra):
         ("yes", "must be true, false or an object of options, not 'yes'"),
         (0, "not 0"),
         ([], "must be true, false or an object"),
-        ({"modes": "exact"}, "uncertainty.modes is unknown; options: mode, trace, semantic, wait"),
-        ({"mode": "fast"}, "uncertainty.mode='fast' is not supported; use 'exact'"),
-        ({"mode": ["exact"]}, "is not supported; use 'exact'"),
-        ({"trace": True}, "uncertainty.trace=True is not supported; use False"),
-        ({"semantic": True}, "uncertainty.semantic=True is not supported"),
-        ({"wait": False}, "uncertainty.wait=False is not supported; use True"),
+        ({"modes": "exact"}, "uncertainty.modes is unknown; options: mode, trace, semantic, thinking, wait"),
+        ({"mode": "fast"}, "uncertainty.mode='fast' is not supported; use 'exact' or 'answer_only'"),
+        ({"mode": ["exact"]}, "is not supported; use 'exact' or 'answer_only'"),
+        ({"trace": 1}, "uncertainty.trace=1 is not supported; use False or True"),
+        ({"semantic": "yes"}, "uncertainty.semantic='yes' is not supported"),
+        ({"wait": "no"}, "uncertainty.wait='no' is not supported; use True or False"),
+        ({"wait": 1}, "uncertainty.wait=1 is not supported; use True or False"),
+        ({"thinking": None}, "uncertainty.thinking=None is not supported; use False or True"),
     ],
 )
 def test_wrong_options_say_what_is_right(route, request_body, field, message):
@@ -245,3 +244,103 @@ def test_a_long_wrong_value_is_cut():
     with pytest.raises(InvalidRequestError) as caught:
         plan_request("chat", CHAT | {"uncertainty": "x" * 10_000})
     assert len(str(caught.value)) < 200
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("field", "options"),
+    [
+        (True, ScoreOptions()),
+        ({"wait": False}, ScoreOptions(wait=False)),
+        ({"thinking": True, "mode": "exact"}, ScoreOptions(thinking=True, mode="exact")),
+        ({"mode": "answer_only", "trace": True}, ScoreOptions(mode="answer_only", trace=True)),
+        ({"mode": None, "semantic": True}, ScoreOptions(semantic=True)),
+    ],
+)
+def test_options(route, request_body, field, options):
+    assert plan_request(route, request_body | {"uncertainty": field}).options == options
+
+
+@pytest.mark.parametrize("value", [False, 0, "false", "no"])
+def test_hidden_reasoning_is_asked_for_and_hidden_by_us(value):
+    plan = plan_request("chat", CHAT | {"include_reasoning": value})
+    assert plan.body["include_reasoning"] is True
+    assert plan.hide_reasoning
+    assert plan.skip is None
+
+
+def test_without_a_parser_nothing_is_hidden():
+    plan = plan_request("chat", CHAT | {"include_reasoning": False}, parses=False)
+    assert plan.body["include_reasoning"] is False
+    assert (plan.hide_reasoning, plan.skip) == (False, None)
+
+
+@pytest.mark.parametrize(
+    ("extra", "parses"),
+    [
+        ({}, None),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, True),
+        ({"response_format": {"type": "json_object"}}, True),
+    ],
+)
+def test_where_hiding_would_change_the_answer_it_is_skipped(extra, parses):
+    request = CHAT | {"include_reasoning": False} | extra
+    plan = plan_request("chat", request, parses=parses)
+    assert "include_reasoning=false" in plan.skip
+    assert plan.body == request
+
+
+@pytest.mark.parametrize(
+    ("prompt", "n", "index", "text"),
+    [("Hi", None, 0, "Hi"), ("Hi", 2, 1, "Hi"), (["a", "b"], 1, 1, "b"), (["a", "b"], "2", 2, "b")],
+)
+def test_the_echoed_prompt_of_each_choice(prompt, n, index, text):
+    plan = plan_request("completion", TEXT | {"prompt": prompt, "n": n, "echo": True})
+    assert plan.skip is None
+    assert plan.echo_of(index) == text
+    assert "logprobs" not in plan.body  # those of a prompt are dear
+    assert not plan.comparable
+
+
+@pytest.mark.parametrize("prompt", ["Hi", [1, 2]])
+def test_with_token_ids_vllm_itself_echoes_nothing(prompt):
+    plan = plan_request("completion", TEXT | {"prompt": prompt, "echo": True, "return_token_ids": True})
+    assert (plan.skip, plan.echo, plan.echo_of(0)) == (None, True, "")
+
+
+def test_echo_with_logprobs_can_be_compared():
+    assert plan_request("completion", TEXT | {"echo": True, "logprobs": 0}).comparable
+
+
+@pytest.mark.parametrize(
+    ("extra", "reason"),
+    [
+        ({"prompt": [1, 2]}, "echo of a prompt of token ids"),
+        ({"prompt": [[1], [2]]}, "echo of a prompt of token ids"),
+        ({"truncate_prompt_tokens": 2}, "truncated"),
+        ({"max_tokens": 0}, "nothing was generated"),
+    ],
+)
+def test_echo_that_cannot_be_put_back_is_skipped(extra, reason):
+    request = TEXT | {"echo": True} | extra
+    plan = plan_request("completion", request)
+    assert reason in plan.skip
+    assert plan.body == request
+
+
+@pytest.mark.parametrize("value", [False, None, "false", 0, "odd"])
+def test_no_echo(value):
+    plan = plan_request("completion", TEXT | {"echo": value})
+    assert plan.echoed == ()
+    assert plan.skip is None
+
+
+def test_echo_of_a_chat_is_vllms_own():
+    plan = plan_request("chat", CHAT | {"echo": True})
+    assert (plan.echoed, plan.skip, plan.body["logprobs"]) == ((), None, True)
+
+
+@pytest.mark.parametrize(("choice", "grammar"), [(None, True), ("auto", True), ("none", False)])
+def test_a_strict_tool_is_a_grammar(choice, grammar):
+    tools = [{"type": "function", "function": {"name": "f", "strict": True}}]
+    assert plan_request("chat", CHAT | {"tools": tools, "tool_choice": choice}).grammar is grammar

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from gnuq_serve.service.request_plan import plan_request
-from gnuq_serve.service.response_edit import Answer, attach, read_answers
+from gnuq_serve.service.response_edit import attach, read_answers
 from gnuq_serve.uncertainty import Uncertainty
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
@@ -13,7 +13,13 @@ TEXT = {"model": "m", "prompt": "Hi"}
 
 
 def scored(number=1):
-    return Uncertainty(status="scored", id=f"unc-{number}", log_probability=-1.0 * number, tokens=2)
+    return Uncertainty(status="scored", id=f"unc-{number}", log_probability=-1.0 * number, tokens=2).to_dict()
+
+
+def read(plan, response):
+    """What is scored of each answer, and the engine's l of it."""
+    spans = [None if answer is None else answer.answer_span for answer in read_answers(plan, response)]
+    return [None if span is None else (span.prompt_ids, span.answer_ids, span.log_probability) for span in spans]
 
 
 def chat_logprobs(*values):
@@ -64,20 +70,20 @@ def text_response(*choices):
 
 def test_answers_of_a_chat():
     plan = plan_request("chat", CHAT)
-    assert read_answers(plan, chat_response()) == [Answer([1, 5, 6], [7, 2], -0.75)]
+    assert read(plan, chat_response()) == [([1, 5, 6], [7, 2], -0.75)]
 
 
 def test_n_choices_share_the_prompt():
     plan = plan_request("chat", CHAT | {"n": 2})
-    answers = read_answers(plan, chat_response({}, {"token_ids": [9], "logprobs": chat_logprobs(-3.0)}))
-    assert answers == [Answer([1, 5, 6], [7, 2], -0.75), Answer([1, 5, 6], [9], -3.0)]
+    answers = read(plan, chat_response({}, {"token_ids": [9], "logprobs": chat_logprobs(-3.0)}))
+    assert answers == [([1, 5, 6], [7, 2], -0.75), ([1, 5, 6], [9], -3.0)]
 
 
 def test_answers_of_a_list_of_prompts_have_each_its_own():
     plan = plan_request("completion", TEXT | {"prompt": ["a", "b"], "n": 2})
     response = text_response({}, {}, {"prompt_token_ids": [8]}, {"prompt_token_ids": [8]})
-    assert [answer.prompt_ids for answer in read_answers(plan, response)] == [[1, 5], [1, 5], [8], [8]]
-    assert {answer.log_probability for answer in read_answers(plan, response)} == {-0.75}
+    assert [prompt_ids for prompt_ids, _, _ in read(plan, response)] == [[1, 5], [1, 5], [8], [8]]
+    assert {number for _, _, number in read(plan, response)} == {-0.75}
 
 
 @pytest.mark.parametrize(
@@ -91,34 +97,34 @@ def test_answers_of_a_list_of_prompts_have_each_its_own():
     ],
 )
 def test_without_fitting_logprobs_there_is_nothing_to_compare(choice):
-    assert read_answers(plan_request("chat", CHAT), chat_response(choice)) == [Answer([1, 5, 6], [7, 2], None)]
+    assert read(plan_request("chat", CHAT), chat_response(choice)) == [([1, 5, 6], [7, 2], None)]
 
 
 def test_logprobs_under_a_grammar_are_not_read():
     plan = plan_request("chat", CHAT | {"tool_choice": "required"})
-    assert read_answers(plan, chat_response())[0].log_probability is None
+    assert read(plan, chat_response())[0][2] is None
 
 
 def test_missing_token_ids():
     plan = plan_request("chat", CHAT | {"n": 2})
     response = chat_response({"token_ids": None}, {})
-    assert read_answers(plan, response) == [None, Answer([1, 5, 6], [7, 2], -0.75)]
+    assert read(plan, response) == [None, ([1, 5, 6], [7, 2], -0.75)]
     response = chat_response()
     del response["prompt_token_ids"]
-    assert read_answers(plan, response) == [None]
+    assert read(plan, response) == [None]
     del response["choices"][0]["token_ids"]
-    assert read_answers(plan, response) == [None]
+    assert read(plan, response) == [None]
 
 
 def test_an_answer_of_no_tokens_is_still_an_answer():
     response = chat_response({"token_ids": [], "logprobs": {"content": []}})
-    assert read_answers(plan_request("chat", CHAT), response) == [Answer([1, 5, 6], [], None)]
+    assert read(plan_request("chat", CHAT), response) == [([1, 5, 6], [], None)]
 
 
 def test_the_sum_is_exact():
     values = [-0.1] * 1000
     response = chat_response({"token_ids": [1] * 1000, "logprobs": chat_logprobs(*values)})
-    assert read_answers(plan_request("chat", CHAT), response)[0].log_probability == math.fsum(values)
+    assert read(plan_request("chat", CHAT), response)[0][2] == math.fsum(values)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +139,7 @@ def test_what_only_we_asked_for_is_null_again(route, request_body, response):
         expected["prompt_token_ids"] = None
     else:
         expected["choices"][0]["prompt_token_ids"] = None
-    expected["choices"][0] |= {"token_ids": None, "logprobs": None, "uncertainty": scored().to_dict()}
+    expected["choices"][0] |= {"token_ids": None, "logprobs": None, "uncertainty": scored()}
     assert response == expected
     json.dumps(response, allow_nan=False)
 
@@ -148,7 +154,7 @@ def test_what_the_client_asked_for_stays(route, request_body, response, extra):
     expected = copy.deepcopy(response)
     plan = plan_request(route, request_body | {"logprobs": 1, "return_token_ids": True} | extra, ["lora"])
     attach(plan, response, [scored()], mirror=False)
-    expected["choices"][0]["uncertainty"] = scored().to_dict()
+    expected["choices"][0]["uncertainty"] = scored()
     assert response == expected
 
 
@@ -164,7 +170,7 @@ def test_keys_that_vllm_does_not_send_are_not_invented():
 def test_a_choice_without_logprobs_key(extra, mirror):
     response = {"choices": [{"index": 0, "message": {}}]}
     attach(plan_request("chat", CHAT | extra, ["lora"]), response, [scored()], mirror=mirror)
-    assert response["choices"][0]["uncertainty"] == scored().to_dict()
+    assert response["choices"][0]["uncertainty"] == scored()
 
 
 @pytest.mark.parametrize(
@@ -177,9 +183,9 @@ def test_a_choice_without_logprobs_key(extra, mirror):
 def test_mirror(route, request_body, response, empty):
     unasked, asked = copy.deepcopy(response), copy.deepcopy(response)
     attach(plan_request(route, request_body), unasked, [scored()], mirror=True)
-    assert unasked["choices"][0]["logprobs"] == {**empty, "uncertainty": scored().to_dict()}
+    assert unasked["choices"][0]["logprobs"] == {**empty, "uncertainty": scored()}
     attach(plan_request(route, request_body | {"logprobs": 1}), asked, [scored()], mirror=True)
-    mirrored = response["choices"][0]["logprobs"] | {"uncertainty": scored().to_dict()}
+    mirrored = response["choices"][0]["logprobs"] | {"uncertainty": scored()}
     assert asked["choices"][0]["logprobs"] == mirrored
 
 

@@ -1,6 +1,5 @@
 """Scorer: order, batches, what is refused and how; loading checkpoints; fingerprints."""
 
-import itertools
 import json
 import re
 import subprocess
@@ -8,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,8 +15,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 import gnuq_serve
-from gnuq_serve import Policy, Sample, Scorer, Uncertainty, scorer
-from gnuq_serve.gradnorm import UnsupportedModelError
+from gnuq_serve import Policy, Sample, Scorer, Uncertainty
+from gnuq_serve.gradnorm import UnsupportedModelError, runner
 from gnuq_serve.scorer import InvalidSampleError
 from gnuq_serve.weights import CheckpointError, fingerprint_of, load_checkpoint
 from gnuq_serve.weights.checkpoint import check_same_vocabulary
@@ -45,13 +45,13 @@ def samples() -> list[Sample]:
 def passes(monkeypatch) -> list[list[int]]:
     """The lengths of the samples of each pass."""
     seen: list[list[int]] = []
-    real = scorer.gradient_pass
+    real = runner.gradient_pass
 
-    def counted(model: Any, coverage: Any, pairs: list[Any]) -> Any:
+    def counted(model: Any, coverage: Any, pairs: list[Any], **options: Any) -> Any:
         seen.append([len(prompt) + len(answer) - 1 for prompt, answer in pairs])
-        return real(model, coverage, pairs)
+        return real(model, coverage, pairs, **options)
 
-    monkeypatch.setattr(scorer, "gradient_pass", counted)
+    monkeypatch.setattr(runner, "gradient_pass", counted)
     return seen
 
 
@@ -66,25 +66,49 @@ class TestBatches:
             assert a.entropy == pytest.approx(b.entropy, rel=1e-5)
             assert a.log_grad_norm_sq == pytest.approx(b.log_grad_norm_sq, abs=2e-5)
 
-    @pytest.mark.parametrize("budget", [1, 30, 64, 100, 10_000])
-    def test_budget(self, model, samples, passes, budget):
-        results = Scorer(model, max_batch_tokens=budget).score(samples)
-        assert len(results) == len(samples)
-        assert sorted(length for batch in passes for length in batch) == sorted(s.length for s in samples)
-        for batch in passes:
-            assert len(batch) == 1 or len(batch) * max(batch) <= budget
-        # No two neighbours would have fitted into one pass.
-        for batch, following in itertools.pairwise(passes):
-            assert (len(batch) + 1) * following[0] > budget
-        assert len(passes) == {1: 10, 10_000: 1}.get(budget, len(passes))
-
     def test_nothing_to_score(self, model, passes):
         assert Scorer(model).score([]) == []
         assert not passes
 
-    def test_budget_below_one(self, model):
-        with pytest.raises(ValueError, match="max_batch_tokens=0 must be at least 1"):
-            Scorer(model, max_batch_tokens=0)
+    @pytest.mark.parametrize(
+        ("setting", "message"),
+        [
+            ({"max_batch_tokens": 0}, "max_batch_tokens=0 must be at least 1"),
+            ({"memory_budget": "plenty"}, "memory_budget='plenty' is no amount of memory; give bytes, or a text"),
+            ({"memory_budget": 0}, "memory_budget=0 is no amount of memory"),
+            ({"mode": "quick"}, "mode='quick' is unknown; use exact or answer_only"),
+            ({"hidden_position": 0}, "hidden_position=0 counts from the prompt's end: give -1 or below"),
+        ],
+    )
+    def test_settings_out_of_range(self, model, setting, message):
+        with pytest.raises(ValueError, match=message):
+            Scorer(model, **setting)
+
+    def test_settings_of_a_cpu(self, model):
+        own = Scorer(model)
+        assert (own.device, own.dtype, own.max_batch_tokens) == ("cpu", "float32", 2048)
+        assert 0 < own.memory_budget <= 2 * 2**30
+        assert Scorer(model, memory_budget="1.5MiB").memory_budget == 3 * 2**19
+
+    def test_unknown_mode_before_any_work(self, model, passes):
+        with pytest.raises(ValueError, match="mode='fast' is unknown"):
+            Scorer(model).score([GOOD], mode="fast")  # type: ignore[arg-type]
+        assert not passes
+
+    def test_modes_have_fingerprints_of_their_own(self, model):
+        own = Scorer(model, mode="answer_only")
+        (default,), (exact,) = own.score([GOOD]), own.score([GOOD], mode="exact")
+        assert (default.mode, exact.mode) == ("answer_only", "exact")
+        assert default.fingerprint == own.fingerprint == own.fingerprint_in("answer_only")
+        assert exact.fingerprint == Scorer(model).fingerprint != own.fingerprint
+
+    def test_hidden_position_stands_on_the_result(self, model):
+        for position, name in ((None, "mean"), (-1, "-1"), (-2, "-2")):
+            (result,) = Scorer(model, hidden_position=position).score([GOOD], semantic=True)
+            assert result.signals.hidden_position == name
+            # The last block's output at an earlier position bears on no answer token.
+            assert (result.signals.semgrad > 0) == (position != -2)
+            assert (result.signals.log_hidden_grad is not None) == (position != -2)
 
     def test_result(self, model):
         own = Scorer.from_model(model)
@@ -214,7 +238,7 @@ class TestLoading:
         with pytest.raises(CheckpointError, match=r"^dtype=.* is unknown; use auto, float16, bfloat16, float32"):
             Scorer.from_pretrained(checkpoint, dtype=dtype)
 
-    @pytest.mark.parametrize("device", ["cuda:99", "nonsense", "cpu:x"])
+    @pytest.mark.parametrize("device", ["cuda:99", "nonsense", "cpu:x", "meta", torch.device("meta")])
     def test_device_that_is_not_there(self, checkpoint, device):
         with pytest.raises(CheckpointError, match=rf"^device='{device}' can't be used here .*; use auto or cpu"):
             Scorer.from_pretrained(checkpoint, device=device)
@@ -244,11 +268,72 @@ class TestLoading:
         with pytest.raises(CheckpointError, match=r"lacks tensors .*: model\.layers\.1\.mlp\.up_proj\.weight"):
             Scorer.from_pretrained(edited)
 
-    def test_model_without_rules(self, tiny_llama):
+    def test_model_that_is_not_covered(self, tiny_llama):
         model = tiny_llama()
-        model.temperature = torch.nn.Parameter(torch.ones(1))
-        with pytest.raises(UnsupportedModelError, match="temperature"):
+        model.lm_head = torch.nn.Bilinear(32, 32, 101)
+        with pytest.raises(UnsupportedModelError, match="Bilinear"):
             Scorer(model)
+
+    @pytest.mark.parametrize(
+        "overrides",
+        [{"rms_norm_epz": 0.1}, {"max_position_embeddings": 32, "sliding_windows": 4}, {"revision": "main"}],
+    )
+    def test_override_that_the_configuration_does_not_know(self, checkpoint, overrides):
+        name = list(overrides)[-1]
+        with pytest.raises(CheckpointError, match=rf"^config_overrides has entries .* does not know: {name}; "):
+            Scorer.from_pretrained(checkpoint, config_overrides=overrides)
+
+
+class TestPlacement:
+    """Models whose modules a device map has placed, by accelerate's hooks."""
+
+    @pytest.mark.parametrize("options", [{}, {"trace": True}, {"semantic": True}, {"mode": "answer_only"}])
+    @pytest.mark.parametrize("budget", ["1GiB", 1000])
+    def test_model_with_the_hooks_of_a_device_map(self, checkpoint, options, budget):
+        plain = load_checkpoint(str(checkpoint), dtype="float32", device="cpu")
+        split = load_checkpoint(str(checkpoint), dtype="float32", device="cpu")
+        accelerate.dispatch_model(split, {"": "cpu"}, force_hooks=True)
+        names = [name for name, module in split.named_modules() if "forward" in vars(module)]
+        assert "model.layers.0.self_attn.q_proj" in names
+        results = [
+            Scorer.from_model(model, memory_budget=budget).score([GOOD, GOOD], **options)[1].to_dict()
+            for model in (plain, split)
+        ]
+        for result in results:
+            result["seconds"] = None
+        assert results[0] == results[1]
+        assert names == [name for name, module in split.named_modules() if "forward" in vars(module)]
+
+    def test_device_map(self, checkpoint):
+        (expected,) = Scorer.from_pretrained(checkpoint, dtype="float32", device="cpu").score([GOOD])
+        own = Scorer.from_pretrained(checkpoint, dtype="float32", device_map={"": "cpu"})
+        (result,) = own.score([GOOD])
+        assert own.device == "cpu"
+        assert result.log_grad_norm_sq == pytest.approx(expected.log_grad_norm_sq, abs=1e-6)
+        assert not any(parameter.requires_grad for parameter in own.model.parameters())
+
+    def test_device_and_device_map(self, checkpoint):
+        with pytest.raises(
+            CheckpointError, match=r"^device='cpu' and device_map=\{'': 'cpu'\} were given: choose one"
+        ):
+            Scorer.from_pretrained(checkpoint, device="cpu", device_map={"": "cpu"})
+
+    def test_device_map_that_is_none(self, checkpoint):
+        with pytest.raises(CheckpointError, match=r"can't be loaded: .*device_map"):
+            Scorer.from_pretrained(checkpoint, device_map="here and there")
+
+    @pytest.mark.parametrize("place", ["disk", "meta"])
+    def test_offloaded_parameters(self, checkpoint, place):
+        message = r"^21 of the model's parameters are not in memory \(model\.embed.*: offloaded.*\): place all"
+        with pytest.raises(CheckpointError, match=message):
+            Scorer.from_pretrained(checkpoint, device_map={"": place})
+
+    def test_model_whose_parameters_were_offloaded_in_memory(self, checkpoint, tmp_path):
+        model = load_checkpoint(str(checkpoint), dtype="float32", device="cpu")
+        accelerate.disk_offload(model.model.layers, str(tmp_path), execution_device=torch.device("cpu"))
+        message = r"^18 of the model's parameters are not in memory \(model\.layers\.0\..*: offloaded.*\): place"
+        with pytest.raises(CheckpointError, match=message):
+            Scorer.from_model(model)
 
 
 class TestFingerprint:

@@ -22,6 +22,17 @@ def test_defaults():
     assert settings.max_batch_tokens == 2048
     assert settings.deadline_seconds == 30.0
     assert settings.mirror_in_logprobs is True
+    assert (settings.background_deadline_seconds, settings.max_queue, settings.on_overload) == (
+        300.0,
+        256,
+        "skip",
+    )
+    assert (settings.max_score_tokens, settings.keep_results, settings.keep_results_seconds) == (
+        8192,
+        10_000,
+        86_400,
+    )
+    assert settings.results_path is None
 
 
 def test_yaml(tmp_path):
@@ -58,6 +69,10 @@ def test_file_from_the_environment_and_the_argument_goes_first(tmp_path, monkeyp
         ("deadline_seconds: 0", "deadline_seconds: .*greater than 0"),
         ("deadline_seconds: soon", "deadline_seconds: .*number"),
         ("mirror_in_logprobs: 7", "mirror_in_logprobs: .*boolean"),
+        ("on_overload: queue", "on_overload: .*'skip' or 'wait'"),
+        ("max_queue: 0", "max_queue: .*greater than or equal to 1"),
+        ("max_score_tokens: 1", "max_score_tokens: .*greater than or equal to 2"),
+        ("keep_results: -1", "keep_results: .*greater than or equal to 0"),
         ("- a\n- b", "expected a mapping of settings, found list"),
         ("just words", "expected a mapping of settings, found str"),
         ("a: [", "gnuq.yaml"),

@@ -5,7 +5,16 @@ from decimal import Decimal, getcontext
 import numpy as np
 import pytest
 
-from gnuq_serve.uncertainty import Uncertainty, bernoulli_variance, exp_or_none, finite_or_none, log_epistemic
+from gnuq_serve.uncertainty import (
+    Signals,
+    Trace,
+    Uncertainty,
+    bernoulli_variance,
+    exp_or_none,
+    finite_or_none,
+    log_epistemic,
+    log_or_none,
+)
 
 getcontext().prec = 60
 
@@ -25,7 +34,8 @@ def scored(log_probabilities, grad_norm_sq=1.0, entropies=None, **kwargs):
 def every_number(uncertainty):
     data = uncertainty.to_dict()
     values = [data[name] for name in NUMBERS]
-    return values + list(data["normalized"].values()) + list(data["signals"].values())
+    values += [*data["normalized"].values(), *(v for v in data["signals"].values() if not isinstance(v, str))]
+    return values + [v for series in (data["trace"] or {}).values() for v in series]
 
 
 def test_ordinary_numbers_equal_the_formulas_written_out():
@@ -181,6 +191,10 @@ def test_lists_that_do_not_fit_are_refused(log_probabilities, entropies):
         scored([-0.5, -1.5], 20.0, fingerprint="abc", seconds=0.25),
         scored([-2000.0], 20.0),
         scored([-1.0], 0.0),
+        scored([-0.5, -1.5], 20.0, token_grad_norm_sq=[3.0, 0.0]),
+        scored([-0.5, -1.5], 20.0, token_grad_norm_sq=[3.0, math.inf]),
+        scored([-0.5], prompt_signals={"log_hidden_grad": -5.0, "hidden_position": "-4", "semgrad": 0.25}),
+        scored([-0.5], mode="answer_only"),
         Uncertainty.failed("the scorer died"),
         Uncertainty.skipped("echo is not scored"),
         Uncertainty(status="pending", id="unc-1"),
@@ -211,11 +225,81 @@ def test_unknown_fields_are_ignored_and_absent_ones_get_defaults():
     newer = data | {
         "semantic": {"a": 1},
         "normalized": data["normalized"] | {"new": 1.0},
-        "signals": data["signals"] | {"semgrad": 2.0},
+        "signals": data["signals"] | {"quux": 2.0},
     }
     assert Uncertainty.from_dict(newer) == scored([-0.5])
     bare = Uncertainty.from_dict({"status": "pending", "normalized": None, "signals": None, "warnings": None})
     assert bare == Uncertainty(status="pending")
+
+
+def test_trace_equals_the_formulas_written_out():
+    log_probabilities, entropies, norms = [-0.3, -1.1, -0.05], [0.2, 1.5, 0.1], [7.0, 40.0, 0.5]
+    trace = scored(log_probabilities, 37.5, entropies, token_grad_norm_sq=norms).trace
+    p = np.exp(log_probabilities)
+    assert trace.entropy == tuple(entropies)
+    assert trace.aleatoric == pytest.approx(p * (1 - p), rel=1e-13)
+    assert trace.epistemic == pytest.approx(p**2 * norms, rel=1e-13)
+
+
+def test_trace_of_one_token_is_the_whole():
+    result = scored([-0.7], 12.0, [0.4], token_grad_norm_sq=[12.0])
+    assert result.trace.entropy == (result.entropy,)
+    assert result.trace.aleatoric == (result.aleatoric,)
+    assert result.trace.epistemic == pytest.approx((result.epistemic,))
+
+
+def test_trace_holds_finite_numbers_or_none():
+    entropies = [0.1, math.nan, math.inf, 0.2]
+    norms = [0.0, math.nan, math.inf, 1e308]
+    log_probabilities = [-1.0, -800.0, -1.0, 0.0]
+    result = scored(log_probabilities, 1.0, entropies, token_grad_norm_sq=norms)
+    assert result.trace.entropy == (0.1, None, None, 0.2)
+    assert result.trace.epistemic == (0.0, None, None, pytest.approx(1e308))
+    assert result.trace.aleatoric[1] == 0.0  # a probability under the smallest double
+    assert scored([-800.0], token_grad_norm_sq=[5.0]).trace.epistemic == (0.0,)
+    assert scored([-1e-5], token_grad_norm_sq=[-1.0]).trace.epistemic == (None,)
+    json.dumps(result.to_dict(), allow_nan=False)
+
+
+def test_trace_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="zip"):
+        scored([-1.0, -2.0], token_grad_norm_sq=[1.0])
+
+
+def test_trace_in_json():
+    data = scored([-0.5, -1.5], token_grad_norm_sq=[3.0, 4.0]).to_dict()
+    assert {name: type(series) for name, series in data["trace"].items()} == {
+        "entropy": list,
+        "aleatoric": list,
+        "epistemic": list,
+    }
+    read = Uncertainty.from_dict({"status": "scored", "trace": {"entropy": [1.0, None], "newer": [2.0]}})
+    assert read.trace == Trace(entropy=(1.0, None), aleatoric=(), epistemic=())
+
+
+def test_signals_of_the_prompt():
+    plain = scored([-0.5, -1.5])
+    assert plain.signals == Signals(min_token_log_probability=-1.5, max_entropy=0.5, first_entropy=0.5)
+    signals = {
+        "log_input_grad_norm_sq": 3.2,
+        "log_hidden_grad": -5.1,
+        "hidden_position": "mean",
+        "semgrad": 0.1,
+        "exgrad": 0.2,
+        "paragrad": 0.3,
+        "hybridgrad": None,
+    }
+    result = scored([-0.5, -1.5], prompt_signals=signals)
+    data = result.to_dict()["signals"]
+    assert data == plain.to_dict()["signals"] | signals
+    assert Uncertainty.from_dict(result.to_dict()) == result
+
+
+def test_logarithm_of_what_has_none():
+    assert log_or_none(math.e) == pytest.approx(1.0)
+    assert log_or_none(1e-320) == pytest.approx(-320 * math.log(10), rel=1e-4)
+    for value in (None, 0.0, -1.0, math.inf, math.nan):
+        assert log_or_none(value) is None
 
 
 @pytest.mark.parametrize("data", [{}, {"status": None}, {"status": "Scored"}, {"status": "done"}])

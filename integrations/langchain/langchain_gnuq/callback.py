@@ -16,7 +16,7 @@ from gnuq_serve.uncertainty import Uncertainty
 
 OnFailure = Literal["open", "closed"]
 
-_ABSENT = "the response carries no uncertainty: not a gnuq-serve server, a streamed answer, or switched off"
+_ABSENT = "the response carries no uncertainty: not a gnuq-serve server, or switched off"
 
 
 class UnscoredAnswerError(RuntimeError):
@@ -30,7 +30,7 @@ class UnscoredAnswerError(RuntimeError):
         self.uncertainty = uncertainty
         super().__init__(
             f"the answer was not scored: {uncertainty.status} ({uncertainty.reason or 'no reason given'}). "
-            "Ask a gnuq-serve server, without streaming and without `uncertainty: false`, "
+            "Ask a gnuq-serve server, without `uncertainty: false`, "
             'or let unscored answers pass with on_failure="open"'
         )
 
@@ -41,8 +41,8 @@ class UncertaintyCallbackHandler(BaseCallbackHandler):
     The object is the server's (see `gnuq_serve.uncertainty.Uncertainty`), a plain dict. An answer that
     carries none gets one with status ``skipped``; one that cannot be read, ``failed``. Text completions have
     no message; theirs is in ``generation_info["uncertainty"]``. Chains that keep only the text lose the
-    message: ask `uncertainty_of`. Streamed answers are not scored: the handler remembers them as ``skipped``,
-    but their chunks have gone out before it is called.
+    message: ask `uncertainty_of`. So do callers of ``stream``: a streamed answer's chunks are out before the
+    handler is called.
 
     Args:
         policy: decides on each scored answer; where its signal is missing, and with None, a decision that is
