@@ -6,12 +6,18 @@ from gnuq_serve.policy import Decision, Policy
 from gnuq_serve.uncertainty import Normalized, Signals, Uncertainty
 
 if TYPE_CHECKING:
+    from gnuq_serve.calibration import Calibration
     from gnuq_serve.scorer import Sample, Scorer
 
-__all__ = ["Decision", "Normalized", "Policy", "Sample", "Scorer", "Signals", "Uncertainty"]
+__all__ = ["Calibration", "Decision", "Normalized", "Policy", "Sample", "Scorer", "Signals", "Uncertainty"]
 
 
 def __getattr__(name: str) -> Any:
+    # It brings numpy, which `Uncertainty` and `Policy` do without.
+    if name == "Calibration":
+        from gnuq_serve.calibration import Calibration
+
+        return Calibration
     # The scorer brings torch and transformers: seconds to import, and absent on a client.
     if name in {"Sample", "Scorer"}:
         try:

@@ -1,4 +1,4 @@
-"""The command line: ``gnuq-serve serve | check | demo-model``."""
+"""The command line: ``gnuq-serve serve | check | calibrate | demo-model``."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import json
 import sys
 from collections.abc import Sequence
 
+from gnuq_serve.calibration.arguments import add_calibrate
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 1 with a one-line message where it can't be done."""
+    """Run one command and return its exit code; 1 with a one-line message where it can't be done."""
     parser = argparse.ArgumentParser(prog="gnuq-serve", description="Uncertainty for served language models.")
     commands = parser.add_subparsers(dest="command", required=True)
     serve = commands.add_parser(
@@ -18,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Runs `vllm serve` with the plugin on; every other argument goes to vLLM.",
     )
     serve.add_argument("--gnuq-config", metavar="FILE", help="YAML file with the settings of the scorer")
+    add_calibrate(commands)
     check = commands.add_parser(
         "check",
         help="is every parameter of a model counted, and is the number autograd's?",
@@ -34,13 +37,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             from gnuq_serve.vllm.serve import serve as serve_model
 
             serve_model(rest, args.gnuq_config)
+        elif args.command == "calibrate":
+            from gnuq_serve.calibration.command import run
+
+            return run(args)
         elif args.command == "check":
             return _check(args)
         else:
             from gnuq_serve.demo_model import ensure_demo_model
 
             print(ensure_demo_model())
-    except (ValueError, RuntimeError, ImportError) as error:
+    except (ValueError, RuntimeError, ImportError, OSError) as error:
         print(f"gnuq-serve: {error}", file=sys.stderr)
         return 1
     return 0

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from gnuq_serve.uncertainty import Uncertainty
+
+if TYPE_CHECKING:
+    from gnuq_serve.calibration import Calibration
 
 Action = Literal["answer", "escalate", "human", "abstain"]
 
@@ -28,6 +35,7 @@ _SURER_WHEN_LOWER = frozenset(
         "signals.first_entropy",
     }
 )
+_NUMBERS = ("answer", "escalate", "max_error")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +57,8 @@ class Decision:
 class Policy:
     """Answer at or above one threshold, escalate at or above a lower one, otherwise something else.
 
+    Thresholds set by hand carry no promise, on ``p_correct`` either; `from_calibration` takes the one that does.
+
     Args:
         signal: a number of the uncertainty object, by its path in the JSON (``"p_correct"``,
             ``"normalized.probability"``). Thresholds are on a scale where higher is surer, so a signal that
@@ -56,6 +66,9 @@ class Policy:
         answer: lowest value at which the answer is given.
         escalate: lowest value at which a stronger model is asked; None: never.
         otherwise: what is done below both.
+        calibration: id of the calibration that the threshold belongs to; ``p_correct`` of any other decides
+            nothing. None: whichever calibration gave it.
+        max_error: the promised share of errors among answers; set by `from_calibration`.
 
     Raises:
         ValueError: an unknown signal, a wrong sign, thresholds not finite or in the wrong order, an unknown
@@ -66,6 +79,84 @@ class Policy:
     answer: float
     escalate: float | None = None
     otherwise: Action = "abstain"
+    calibration: str | None = None
+    max_error: float | None = None
+
+    @classmethod
+    def from_calibration(
+        cls,
+        calibration: Calibration,
+        max_error: float | None = None,
+        *,
+        escalate: float | None = None,
+        otherwise: Action = "abstain",
+    ) -> Self:
+        """The policy that answers where the calibration's promise allows it.
+
+        Args:
+            calibration: whose ``p_correct`` it will see.
+            max_error: share of errors among answers; None: the calibration's first level.
+            escalate: lowest ``p_correct`` at which a stronger model is asked (no promise covers its answers).
+            otherwise: what is done below.
+
+        Raises:
+            ValueError: no threshold of the calibration keeps this level; the message says what it supports.
+        """
+        threshold = calibration.threshold_for(max_error)
+        if threshold is None:
+            raise ValueError(f"{calibration.why_none(max_error)}; ask for a higher max_error, or more data")
+        return cls(
+            answer=threshold,
+            escalate=escalate,
+            otherwise=otherwise,
+            calibration=calibration.id,
+            max_error=calibration.levels[0] if max_error is None else max_error,
+        )
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """A policy from its fields, such as ``{"answer": 0.8, "escalate": 0.5, "otherwise": "human"}``.
+
+        Raises:
+            ValueError: a field is unknown, missing or of the wrong type, or the policy itself is wrong.
+        """
+        known = [entry.name for entry in dataclasses.fields(cls)]
+        for name, value in data.items():
+            if name not in known:
+                near = difflib.get_close_matches(str(name), known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
+                raise ValueError(f"policy: unknown key {name!r}; {hint}")
+            wanted: type | tuple[type, ...] = (int, float) if name in _NUMBERS else str
+            optional = name in ("escalate", "calibration", "max_error")
+            if not (isinstance(value, wanted) and not isinstance(value, bool)) and not (
+                value is None and optional
+            ):
+                kind = "a number" if name in _NUMBERS else "a string"
+                raise ValueError(f"policy: {name} must be {kind}, not {value!r}")
+        if "answer" not in data:
+            raise ValueError("policy: answer is missing; give the lowest value to answer at, such as answer: 0.8")
+        return cls(**data)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """A policy from a YAML file with its fields.
+
+        Raises:
+            ValueError: the file is no YAML mapping, or the policy in it is wrong; the message names the file.
+            OSError: the file cannot be read.
+        """
+        import yaml
+
+        try:
+            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: not YAML ({error})") from error
+        if not isinstance(data, dict):
+            raise ValueError(f"{path}: a mapping such as `answer: 0.8` is expected, not {type(data).__name__}")
+        try:
+            return cls.from_dict(data)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     def __post_init__(self) -> None:
         path = self.signal.removeprefix("-")
@@ -85,13 +176,20 @@ class Policy:
             raise ValueError(
                 f"otherwise={self.otherwise!r} is unknown; choose one of {', '.join(get_args(Action))}"
             )
+        if self.calibration is not None and self.signal != "p_correct":
+            raise ValueError(f"calibration={self.calibration!r} needs signal='p_correct', not {self.signal!r}")
+        if self.max_error is not None and self.calibration is None:
+            raise ValueError("max_error is promised by a calibration; use Policy.from_calibration")
 
     def decide(self, uncertainty: Uncertainty) -> Decision:
         """Decide on one answer; an answer without the signal gets ``action=None`` and the reason."""
         value = self._value(uncertainty)
         calibration = uncertainty.calibration if self.signal == "p_correct" else UNCALIBRATED
         action: Action | None
-        if value is None:
+        if value is not None and self.calibration is not None and self.calibration != calibration:
+            action = None
+            reason = f"p_correct is from calibration {calibration}, the threshold from {self.calibration}"
+        elif value is None:
             action = None
             if uncertainty.status != "scored":
                 reason = f"the answer was not scored: {uncertainty.status} ({uncertainty.reason})"

@@ -113,3 +113,68 @@ def test_a_raw_signal_is_uncalibrated_even_where_a_calibration_is_loaded():
 def test_thresholds_must_be_finite(thresholds):
     with pytest.raises(ValueError, match="must be a finite number"):
         Policy(**thresholds)
+
+
+class Calibrated:
+    """What `Policy.from_calibration` asks of a calibration; the real one is in test_calibration_outcome."""
+
+    id = "faq@77b1"
+    levels = (0.1, 0.2)
+
+    def threshold_for(self, max_error=None):
+        return {None: 0.8, 0.1: 0.8, 0.2: 0.6, 0.01: None}[max_error]
+
+    def why_none(self, max_error=None):
+        return "no threshold of calibration faq@77b1 keeps errors under 0.01; the best is .1"
+
+
+def test_a_calibrated_policy_holds_the_promised_threshold():
+    policy = Policy.from_calibration(Calibrated(), max_error=0.2, escalate=0.4, otherwise="human")
+    assert policy == Policy(answer=0.6, escalate=0.4, otherwise="human", calibration="faq@77b1", max_error=0.2)
+    assert Policy.from_calibration(Calibrated()).max_error == 0.1
+    assert policy.decide(answer(p_correct=0.6, calibration="faq@77b1")).action == "answer"
+    with pytest.raises(ValueError, match=r"the best is \.1; ask for a higher max_error, or more data"):
+        Policy.from_calibration(Calibrated(), max_error=0.01)
+
+
+def test_a_calibrated_policy_decides_on_its_own_calibration_only():
+    policy = Policy.from_calibration(Calibrated())
+    for other in ("faq@0000", None):
+        decision = policy.decide(answer(p_correct=0.9, calibration=other))
+        assert decision.action is None
+        assert decision.reason == f"p_correct is from calibration {other}, the threshold from faq@77b1"
+    assert "no calibration is loaded" in policy.decide(answer()).reason
+
+
+def test_from_yaml(tmp_path):
+    path = tmp_path / "policy.yaml"
+    path.write_text("answer: 0.8\nescalate: 0.5\notherwise: human\n", encoding="utf-8")
+    assert Policy.load(path) == Policy(answer=0.8, escalate=0.5, otherwise="human")
+    path.write_text("signal: -entropy\nanswer: -1\nescalate: null\n", encoding="utf-8")
+    assert Policy.load(path) == Policy(signal="-entropy", answer=-1)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("answr: 0.8", "unknown key 'answr'; did you mean 'answer'?"),
+        ("zzz: 0.8", "unknown key 'zzz'; choose from signal, answer"),
+        ("escalate: 0.5", "answer is missing"),
+        ("answer: high", "answer must be a number, not 'high'"),
+        ("answer: true", "answer must be a number, not True"),
+        ("answer:", "answer must be a number, not None"),
+        ("answer: 0.8\notherwise: 3", "otherwise must be a string, not 3"),
+        ("answer: 0.8\nescalate: 0.9", "escalate=0.9 must be below answer=0.8"),
+        ("- 0.8", "a mapping such as `answer: 0.8` is expected, not list"),
+        ("", "is expected, not NoneType"),
+        ("answer: [", "not YAML"),
+        ("answer: 0.8\nmax_error: 0.1", "use Policy.from_calibration"),
+        ("signal: -entropy\nanswer: 0.8\ncalibration: faq@1", "needs signal='p_correct'"),
+    ],
+)
+def test_yaml_mistakes_name_file_and_remedy(tmp_path, text, message):
+    path = tmp_path / "policy.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"policy\.yaml") as error:
+        Policy.load(path)
+    assert message in str(error.value)

@@ -1,0 +1,85 @@
+"""Which questions need an answer, and getting them all: from the working file, else from a model."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Sequence
+
+from gnuq_serve.calibration.answers import AnswerError, AnswerSource, Sampling
+from gnuq_serve.calibration.questions import Question
+from gnuq_serve.calibration.working_file import Answer, WorkingFile
+
+# (what, how many are done, of how many) -> called after each further one.
+Progress = Callable[[str, int, int], Callable[[], None]]
+
+
+def needs_answer(question: Question) -> bool:
+    """The row brings no score."""
+    return question.uncertainty is None
+
+
+def sample(questions: Sequence[Question], limit: int | None, seed: int) -> list[Question]:
+    """A random ``limit`` of the questions, in the file's order; a larger limit keeps those of a smaller one."""
+    if limit is None or limit >= len(questions):
+        return list(questions)
+    order = list(range(len(questions)))
+    random.Random(seed).shuffle(order)  # noqa: S311
+    return [questions[at] for at in sorted(order[:limit])]
+
+
+def without_repeats(questions: Sequence[Question]) -> list[Question]:
+    """Questions that the model is asked twice count once: the second answer would be the first again."""
+    seen: set[str] = set()
+    kept = []
+    for question in questions:
+        if needs_answer(question):
+            if question.key in seen:
+                continue
+            seen.add(question.key)
+        kept.append(question)
+    return kept
+
+
+def collect(
+    questions: Sequence[Question], source: AnswerSource | None, work: WorkingFile | None, progress: Progress
+) -> dict[str, Answer]:
+    """Answers for all questions that need one: from the working file, else from the source.
+
+    What the working file holds without a score (a refusal, a full queue) is asked again.
+
+    Raises:
+        AnswerError: the source is gone, or the scorer behind it changed on the way.
+    """
+    asked = [question for question in questions if needs_answer(question)]
+    if not asked or source is None or work is None:
+        return {}
+    known = {question.key for question in asked}
+    fingerprints = {
+        answer.score.fingerprint for key, answer in work.answers.items() if key in known and answer.scored
+    }
+    todo = [question for question in asked if not (work.answers.get(question.key) or Answer(key="")).scored]
+    step = progress("answers", len(asked) - len(todo), len(asked))
+
+    def keep(answer: Answer) -> None:
+        if answer.scored:
+            fingerprints.add(answer.score.fingerprint)
+            if len(fingerprints) > 1:
+                raise AnswerError(
+                    f"the scorer changed (fingerprints {', '.join(sorted(map(str, fingerprints)))}): one "
+                    f"calibration is for one model. Name another --working-file than {work.path} to start anew"
+                )
+        work.add(answer)
+        step()
+
+    source.answer(todo, keep)
+    return {question.key: work.answers[question.key] for question in asked}
+
+
+def fingerprint_parts(sampling: Sampling, system: str | None) -> dict[str, str]:
+    """What a calibration is bound to besides the scorer's fingerprint: sampling, the system prompt's hash."""
+    how = f"temperature={sampling.temperature:g} top_p={sampling.top_p:g} max_tokens={sampling.max_tokens}"
+    return {
+        "sampling": how,
+        "system_prompt": hashlib.sha256(system.encode()).hexdigest()[:12] if system else "none",
+    }
