@@ -6,6 +6,8 @@ forward and backward of that layer, and memory for its own parameters' gradient;
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ def local_autograd(layer: nn.Module, call: LayerCall, deltas: Any) -> Tensor:
     there is none.
     """
     own = {name: p.detach().requires_grad_() for name, p in layer.named_parameters(recurse=False)}
-    with torch.enable_grad():
+    with torch.enable_grad(), _without_padding_idx(layer):
         outputs = tensors_of(functional_call(layer, own, call.args, dict(call.kwargs)))
         pairs = [(o, d) for o, d in zip(outputs, deltas, strict=True) if d is not None and o.requires_grad]
         if not pairs:  # what it returns does not depend on its parameters
@@ -38,6 +40,20 @@ def local_autograd(layer: nn.Module, call: LayerCall, deltas: Any) -> Tensor:
         )
     shares = [g.to(accumulation_dtype(g)).square().sum() for g in gradients if g is not None]
     return torch.stack(shares).sum()[None]
+
+
+@contextmanager
+def _without_padding_idx(layer: nn.Module) -> Iterator[None]:
+    """An embedding's autograd drops the gradient of that row; the derivative there is not zero."""
+    row = getattr(layer, "padding_idx", None)
+    if row is None:
+        yield
+        return
+    layer.padding_idx = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        layer.padding_idx = row
 
 
 def tensors_of(output: Any) -> list[Tensor]:

@@ -134,7 +134,9 @@ def shallow_copy(cache: Any) -> Any:
 
 def positions_for(model: nn.Module, positions: Tensor) -> dict[str, Tensor]:
     """The argument that tells a model its tokens' positions; empty for those that count by themselves."""
-    return {"position_ids": positions} if "position_ids" in inspect.signature(model.forward).parameters else {}
+    # PEFT's wrapper takes anything and hides what the model itself takes.
+    inner = getattr(model, "get_base_model", lambda: model)()
+    return {"position_ids": positions} if "position_ids" in inspect.signature(inner.forward).parameters else {}
 
 
 def _common_length(a: tuple[int, ...], b: tuple[int, ...]) -> int:

@@ -150,3 +150,7 @@ def test_other_kinds_are_refused(tiny_llama):
     prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     with pytest.raises(UnsupportedModelError, match="learned prompts"):
         cover(peft.get_peft_model(tiny_llama(), prompt))
+
+
+def test_a_model_with_learned_positions_inside_the_wrapper(tiny_gpt2):
+    assert_exact(adapted(tiny_gpt2(), fan_in_fan_out=True))

@@ -292,3 +292,22 @@ class TestModelsThatAreRefused:
     def test_no_hugging_face_model(self):
         with pytest.raises(UnsupportedModelError, match="Linear has no output embeddings"):
             cover(nn.Linear(2, 2))
+
+
+def test_a_slow_embeddings_padding_row_counts(tiny_gpt2):
+    """Autograd would drop the gradient of `padding_idx` where the layer is run again too."""
+
+    class OtherEmbedding(nn.Embedding):
+        """A type that no rule knows."""
+
+    model = tiny_gpt2()
+    positions = OtherEmbedding(64, 32, padding_idx=2).double()
+    with torch.no_grad():
+        positions.weight.copy_(model.transformer.wpe.weight)
+    model.transformer.wpe = positions
+    coverage = cover(model)
+    assert coverage.slow == ["transformer.wpe"]
+    for sample in (([3, 4, 5, 5, 9], [7, 8, 9]), ([11], [5])):
+        (found,) = gradient_pass(model, coverage, [sample]).grad_norm_sq.tolist()
+        assert found == pytest.approx(Oracle(model).score(*sample)[1], rel=1e-9)
+    assert positions.padding_idx == 2
