@@ -8,6 +8,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 # OpenMP threads spin: torch processes side by side (engine, scorer, tests) take one thread each.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=1
 PYTEST_ARGS ?=
+BENCH_ARGS ?= --quick
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint bench clean
@@ -42,9 +43,9 @@ lint: setup  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: setup  ## the benchmarks
-	@set -e; for script in benchmarks/*.py; do \
-	  echo "== $$script"; $(ONE_THREAD) $(BIN)/python "$$script"; done
+bench: setup  ## exactness, speed and modes, a quarter of an hour (BENCH_ARGS= for all of it, an hour and more)
+	@set -e; for name in exactness scoring modes; do \
+	  echo "== $$name"; $(BIN)/python benchmarks/$$name.py $(BENCH_ARGS); done
 
 clean:  ## remove caches and build outputs (the environment stays; rm -rf .venv removes it)
 	rm -rf .pytest_cache .mypy_cache .ruff_cache dist build
