@@ -26,8 +26,8 @@ class _TokenLogProbability(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         chosen, entropies = [], []
         for rows, ids in _tiles(logits, targets):
-            shifted = _below_its_maximum(rows)
-            log_p = shifted - shifted.exp().sum(-1, keepdim=True).log()
+            log_p = _below_its_maximum(rows)
+            log_p -= log_p.exp().sum(-1, keepdim=True).log()
             own = log_p.gather(-1, ids[:, None])[:, 0]
             others = log_p.exp().scatter_(-1, ids[:, None], 0)
             # Where p is almost one, log p and its share of the entropy are right by what is left for the others.
@@ -37,6 +37,7 @@ class _TokenLogProbability(torch.autograd.Function):
             # A token that is ruled out has log p = -inf and adds nothing.
             log_p.clamp_(min=torch.finfo(log_p.dtype).min)
             entropies.append(-torch.linalg.vecdot(others, log_p) - share)
+            del log_p, others  # before the next tile's
         ctx.save_for_backward(logits, targets)
         all_entropies = torch.cat(entropies)
         ctx.mark_non_differentiable(all_entropies)
