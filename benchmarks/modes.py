@@ -15,9 +15,9 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from rivals.arguments import add_common
 from rivals.ours import grad_norm_sq
 from rivals.samples import Source, read_prompts
 from rivals.setting import facts, load_scorer
@@ -31,16 +31,16 @@ from gnuq_serve.uncertainty import Mode
 SHORT, LONG = 60, 12
 QUICK_SHORT, QUICK_LONG = 16, 4
 NOTES_TOKENS = 1950
-OUTPUT = Path(__file__).parents[1] / "build" / "benchmarks"
 
 
 def main() -> None:
     """Measure and print."""
     args = parse()
     scorer = load_scorer(args.threads)
-    texts = [text for prompts in read_prompts(args.data) for text in prompts.texts]
+    prompts = read_prompts(args.data)
+    texts = [text for part in prompts for text in part.texts]
     tokenizer = AutoTokenizer.from_pretrained(ensure_demo_model())
-    source = Source(scorer, tokenizer, read_prompts(args.data), args.json.parent)
+    source = Source(scorer, tokenizer, prompts, args.json.parent)
     short, long = (QUICK_SHORT, QUICK_LONG) if args.quick else (min(SHORT, len(texts)), LONG)
     groups = {
         "short questions": answered(source, texts[:short]),
@@ -125,16 +125,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help=f"{QUICK_SHORT} short and {QUICK_LONG} long prompts only"
     )
-    parser.add_argument(
-        "--data",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="prompts: JSON Lines with `question` or `turns` (may be repeated; default: a few dozen of our own)",
-    )
-    parser.add_argument("--threads", type=int, default=2, help="torch threads (default 2)")
-    parser.add_argument("--json", type=Path, default=OUTPUT / "modes.json", metavar="FILE")
+    add_common(parser, "modes")
     args = parser.parse_args()
     args.json.parent.mkdir(parents=True, exist_ok=True)
     return args

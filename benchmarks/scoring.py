@@ -18,10 +18,10 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from rivals import sections, tables
+from rivals.arguments import add_common
 from rivals.samples import Source, read_prompts
 from rivals.sections import Bench, Record
 from rivals.setting import facts, load_scorer
@@ -39,7 +39,6 @@ SECTIONS = {
     "semantic": sections.semantic,
 }
 NOT_QUICK = ("lengths", "growth")
-OUTPUT = Path(__file__).parents[1] / "build" / "benchmarks"
 
 
 def main() -> None:
@@ -91,24 +90,9 @@ def headline(measured: dict[str, list[Record]]) -> dict[str, float | None]:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="three minutes on two cores: fewer sizes")
-    parser.add_argument(
-        "--data",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="prompts: JSON Lines with `question` or `turns` (may be repeated; default: a few dozen of our own)",
-    )
-    parser.add_argument("--threads", type=int, default=2, help="torch threads (default 2)")
+    add_common(parser, "scoring")
     parser.add_argument("--repeats", type=int, help="default 3; with --quick 1")
     parser.add_argument("--only", action="append", choices=list(SECTIONS), help="this section (may be repeated)")
-    parser.add_argument(
-        "--json",
-        type=Path,
-        default=OUTPUT / "scoring.json",
-        metavar="FILE",
-        help="figures and raw repeats; greedy answers are kept beside it (default build/benchmarks/scoring.json)",
-    )
     args = parser.parse_args()
     args.repeats = args.repeats or (1 if args.quick else 3)
     if args.repeats < 1 or args.threads < 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from tqdm import tqdm
 from gnuq_serve.gradnorm import cover
 from gnuq_serve.gradnorm.memory import MemoryModel, default_budget, parse_bytes
 from gnuq_serve.gradnorm.runner import Measured, OutOfMemory, PassRunner
+from gnuq_serve.score_options import ScoreOptions
 from gnuq_serve.uncertainty import Mode, Uncertainty, finite_or_none, log_or_none
 from gnuq_serve.weights import check_in_memory, fingerprint_of, load_checkpoint
 
@@ -36,26 +37,6 @@ class Sample:
     def length(self) -> int:
         """Positions that an exact pass visits: the last answer token is predicted, never read."""
         return len(self.prompt_ids) + len(self.answer_ids) - 1
-
-
-@dataclass(frozen=True, slots=True)
-class ScoreOptions:
-    """How to score.
-
-    Attributes:
-        mode: ``"exact"`` (every position), or ``"answer_only"`` (keys and values of the prompt are constants:
-            cheaper on long prompts, and kept for the samples that share them).
-        trace: also each answer token by itself.
-        semantic: also SemGrad and its relatives, by one more backward pass; not in ``answer_only``.
-    """
-
-    mode: Mode = "exact"
-    trace: bool = False
-    semantic: bool = False
-
-    def __post_init__(self) -> None:
-        if self.mode not in get_args(Mode):
-            raise ValueError(f"mode={self.mode!r} is unknown; use {' or '.join(get_args(Mode))}")
 
 
 class Scorer:
@@ -122,6 +103,8 @@ class Scorer:
             position=hidden_position,
         )
         self._fingerprints: dict[Mode, str] = {}
+        slow = self.slow_layers
+        self._warnings = (f"slow exact path: {', '.join(slow)}",) if slow else ()
 
     @classmethod
     def from_pretrained(
@@ -292,6 +275,6 @@ class Scorer:
             prompt_signals=signals,
             mode=mode,
             fingerprint=self.fingerprint_in(mode),
-            warnings=[f"slow exact path: {', '.join(self.slow_layers)}"] if self.slow_layers else [],
+            warnings=self._warnings,
             seconds=measured.seconds,
         )

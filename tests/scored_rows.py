@@ -1,5 +1,6 @@
-"""Made-up scored answers whose chance of being right is known."""
+"""Made-up questions, and scored answers whose chance of being right is known; files of them."""
 
+import json
 import math
 import random
 
@@ -38,3 +39,14 @@ def scored_rows(count, *, seed=0, base=0.5, slope=2.0, groups=None):
             | ({} if groups is None else {"conversation": f"c{index % groups}"})
         )
     return rows
+
+
+def questions(count):
+    """Questions with their answers, as a file of them has them."""
+    return [{"question": f"What is {n} + 1?", "answers": [str(n + 1)]} for n in range(count)]
+
+
+def write(path, rows):
+    """The rows as JSON Lines; the path as a text."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)

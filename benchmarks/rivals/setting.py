@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 
 from gnuq_serve import Scorer
 from gnuq_serve.demo_model import NAME, ensure_demo_model
+from gnuq_serve.gradnorm.oracle import count_padding_rows
 
 
 def load_scorer(threads: int, **options: Any) -> Scorer:
@@ -20,15 +20,8 @@ def load_scorer(threads: int, **options: Any) -> Scorer:
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(threads)
     scorer = Scorer.from_pretrained(str(ensure_demo_model()), "float32", "cpu", **options)
-    count_pad_token(scorer.model)
+    count_padding_rows(scorer.model)  # chat templates hold the pad token: all rivals must agree on it
     return scorer
-
-
-def count_pad_token(model: nn.Module) -> None:
-    """Let autograd differentiate the pad token's row too (chat templates hold it), so that all rivals agree."""
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            module.padding_idx = None
 
 
 def facts(threads: int) -> dict[str, Any]:

@@ -155,7 +155,10 @@ def _judge_sentence(args: argparse.Namespace, match: Matcher) -> str | None:
 
 
 class _judge_errors:  # noqa: N801
-    """Turns the client's errors into one that says what to do."""
+    """Turns the client's errors into one that says what to do.
+
+    A class, since a type checker takes it that a generator's context manager may swallow errors.
+    """
 
     def __enter__(self) -> None:
         return None

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from gnuq_serve.uncertainty import Uncertainty
+from gnuq_serve.uncertainty import Uncertainty, log_or_none
 
 Kind = Literal["free", "gradient", "semantic"]
 
@@ -41,11 +41,7 @@ def _signal(name: str) -> Callable[[Uncertainty], float | None]:
 
 
 def _log_signal(name: str) -> Callable[[Uncertainty], float | None]:
-    def read(uncertainty: Uncertainty) -> float | None:
-        value = getattr(uncertainty.signals, name, None)
-        return math.log(value) if value is not None and value > 0.0 else None
-
-    return read
+    return lambda uncertainty: log_or_none(getattr(uncertainty.signals, name, None))
 
 
 def _log_size(read: Callable[[Uncertainty], float | None]) -> Callable[[Uncertainty], float | None]:

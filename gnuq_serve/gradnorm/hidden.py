@@ -32,21 +32,20 @@ class HiddenGradients:
         self._embedding = embedding
         self._blocks = blocks[len(blocks) // 2 :]
         self._batch = batch
-        self.clear()
+        self.expect()
 
-    def clear(self) -> None:
-        """Forget the last backward pass."""
+    def expect(self, *, absolute: bool = False) -> None:
+        """Forget the last backward pass; of the next one take norms, or mean absolute values."""
         self.input_norm_sq: Tensor | None = None
-        self._norms: list[Tensor] = []
-        self._absolute: list[Tensor] = []
+        self._absolute = absolute
+        self._at_blocks: list[Tensor] = []
 
-    def mean_norm(self) -> Tensor | None:
-        """Mean over layers and positions of ``||d/d h_p||``, (B,); None where the model has no known blocks."""
-        return torch.stack(self._norms).mean(0) if self._norms else None
+    def mean(self) -> Tensor | None:
+        """Mean over layers and positions of ``||d/d h_p||``, or of ``mean |d/d h_p|``, (B,).
 
-    def mean_absolute(self) -> Tensor | None:
-        """Mean over layers, positions and dimensions of ``|d/d h|``, (B,); None as above."""
-        return torch.stack(self._absolute).mean(0) if self._absolute else None
+        None where the model has no known blocks.
+        """
+        return torch.stack(self._at_blocks).mean(0) if self._at_blocks else None
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -76,9 +75,8 @@ class HiddenGradients:
 
     def _at_block(self, delta: Tensor) -> None:
         delta = delta.to(accumulation_dtype(delta))
-        device = self._batch.ids.device
-        self._norms.append(self._over_prompt(delta.square().sum(-1).sqrt()).to(device))
-        self._absolute.append(self._over_prompt(delta.abs().mean(-1)).to(device))
+        values = delta.abs().mean(-1) if self._absolute else delta.square().sum(-1).sqrt()
+        self._at_blocks.append(self._over_prompt(values).to(self._batch.ids.device))
 
     def _over_prompt(self, values: Tensor) -> Tensor:
         """(B, T) -> (B,)."""

@@ -28,6 +28,13 @@ class OracleSemantic:
     hybridgrad: float
 
 
+def count_padding_rows(model: nn.Module) -> None:
+    """Let autograd differentiate the rows of ``padding_idx`` too: it drops them; the derivative is not zero."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None
+
+
 class Oracle:
     """A copy of a model in a dtype of its own, differentiated by autograd with respect to all its parameters.
 
@@ -36,9 +43,7 @@ class Oracle:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype = torch.float64) -> None:
         self.model = copy.deepcopy(model).to(dtype).eval().requires_grad_(True)
-        for module in self.model.modules():
-            if isinstance(module, nn.Embedding):
-                module.padding_idx = None  # autograd drops that row's gradient; the derivative is not zero
+        count_padding_rows(self.model)
 
     def score(self, prompt_ids: Ids, answer_ids: Ids) -> tuple[float, float]:
         """``(l, ||grad_theta l||^2)``."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gnuq_serve.service.answer import Answer
-from gnuq_serve.service.request_plan import InvalidRequestError, ScoreOptions, read_options
+from gnuq_serve.service.request_plan import InvalidRequestError, RequestOptions, read_options
 
 # A body of vLLM's /tokenize -> token ids; raises TokenizeError.
 Tokenize = Callable[[dict[str, Any]], Awaitable[list[int]]]
@@ -32,7 +32,7 @@ class GivenAnswer:
     """
 
     body: Mapping[str, Any]
-    options: ScoreOptions
+    options: RequestOptions
     model: str | None
 
     @classmethod

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from gnuq_serve.uncertainty import Mode
+from gnuq_serve.score_options import ScoreOptions
 
 
 class ScorerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,14 +36,6 @@ class ScorerState(msgspec.Struct, frozen=True, kw_only=True):
     fingerprint: str | None = None
 
 
-class Scoring(msgspec.Struct, frozen=True):
-    """How to score, as in ``Scorer.score``."""
-
-    mode: Mode = "exact"
-    trace: bool = False
-    semantic: bool = False
-
-
 class ScoreRequest(msgspec.Struct, frozen=True, tag="score"):
     """One answer to score. ``deadline`` is on the machine's monotonic clock, in seconds."""
 
@@ -51,7 +43,7 @@ class ScoreRequest(msgspec.Struct, frozen=True, tag="score"):
     prompt_ids: list[int]
     answer_ids: list[int]
     deadline: float
-    scoring: Scoring = Scoring()
+    options: ScoreOptions = ScoreOptions()
 
 
 class CancelRequest(msgspec.Struct, frozen=True, tag="cancel"):

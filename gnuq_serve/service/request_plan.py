@@ -39,7 +39,7 @@ class InvalidRequestError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class ScoreOptions:
+class RequestOptions:
     """What the client asked of the score.
 
     Attributes:
@@ -57,7 +57,7 @@ class ScoreOptions:
     semantic: bool = False
 
 
-DEFAULT_OPTIONS = ScoreOptions()
+DEFAULT_OPTIONS = RequestOptions()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class RequestPlan:
     body: Mapping[str, Any]
     unscored: Literal["off"] | None = None
     skip: str | None = None
-    options: ScoreOptions = DEFAULT_OPTIONS
+    options: RequestOptions = DEFAULT_OPTIONS
     keep_token_ids: bool = False
     keep_logprobs: bool = False
     comparable: bool = False
@@ -154,7 +154,7 @@ def plan_request(
     )
 
 
-def read_options(value: Any) -> ScoreOptions | None:
+def read_options(value: Any) -> RequestOptions | None:
     """The request's field ``uncertainty``; None where the client wants no score.
 
     Raises:
@@ -171,7 +171,7 @@ def read_options(value: Any) -> ScoreOptions | None:
         if not any(chosen is one or (isinstance(one, str) and chosen == one) for one in allowed):
             right = " or ".join(repr(one) for one in allowed if one is not None)
             raise InvalidRequestError(f"uncertainty.{option}={chosen!r:.80} is not supported; use {right}")
-    return ScoreOptions(**value)
+    return RequestOptions(**value)
 
 
 def _skip_reason(

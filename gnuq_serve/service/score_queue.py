@@ -60,7 +60,7 @@ class ScoreQueue(Generic[Sender]):
         batch: list[Entry[Sender]] = []
         longest = 0
         # The sort is stable: of two that fit as well, the one that has waited longer.
-        alike = [entry for entry in self._waiting.values() if entry.request.scoring == oldest.request.scoring]
+        alike = [entry for entry in self._waiting.values() if entry.request.options == oldest.request.options]
         for entry in sorted(alike, key=lambda entry: abs(entry.length - oldest.length)):
             longest = max(longest, entry.length)
             if batch and (len(batch) + 1) * longest > self._max_batch_tokens:

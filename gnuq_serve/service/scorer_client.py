@@ -17,13 +17,13 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from gnuq_serve.score_options import ScoreOptions
 from gnuq_serve.service.messages import (
     CancelRequest,
     ScorerConfig,
     ScoreReply,
     ScoreRequest,
     ScorerState,
-    Scoring,
 )
 from gnuq_serve.uncertainty import Uncertainty
 
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF_SECONDS = 1.0
 LONGEST_BACKOFF_SECONDS = 30.0
-DEFAULT_SCORING = Scoring()
+DEFAULT_OPTIONS = ScoreOptions()
 
 
 class ScorerUnavailableError(RuntimeError):
@@ -91,7 +91,7 @@ class ScorerClient:
         prompt_ids: Sequence[int],
         answer_ids: Sequence[int],
         timeout: float,  # noqa: ASYNC109
-        scoring: Scoring = DEFAULT_SCORING,
+        options: ScoreOptions = DEFAULT_OPTIONS,
     ) -> Uncertainty:
         """Score one answer. A cancelled call takes its answer out of the scorer's queue.
 
@@ -108,7 +108,7 @@ class ScorerClient:
                 await self._settled.wait()
                 if self._socket is None or self.state.status != "ready":
                     raise ScorerUnavailableError(f"the scorer is not running: {self.state.reason}")
-                request = ScoreRequest(next(self._ids), list(prompt_ids), list(answer_ids), deadline, scoring)
+                request = ScoreRequest(next(self._ids), list(prompt_ids), list(answer_ids), deadline, options)
                 return await self._exchange(self._socket, request)
         except TimeoutError:
             doing = "started" if self.state.status in {"starting", "restarting"} else "answered"

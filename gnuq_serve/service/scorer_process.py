@@ -7,6 +7,7 @@ closes, that is, when the server that started it is gone.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import sys
@@ -106,9 +107,9 @@ def _score(scorer: Scorer, batch: list[Entry[bytes]]) -> list[Uncertainty]:
     samples = [Sample(entry.request.prompt_ids, entry.request.answer_ids) for entry in batch]
     if not samples:
         return []
-    scoring = batch[0].request.scoring  # the same for the whole batch
+    options = batch[0].request.options  # the same for the whole batch
     try:
-        return scorer.score(samples, on_invalid="fail", **msgspec.structs.asdict(scoring))
+        return scorer.score(samples, on_invalid="fail", **dataclasses.asdict(options))
     except Exception as error:  # out of memory, say
         logger.exception("a batch of %d answers could not be scored", len(samples))
         if len(samples) == 1:

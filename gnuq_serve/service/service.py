@@ -12,10 +12,11 @@ from typing import Any
 
 import msgspec
 
+from gnuq_serve.score_options import ScoreOptions
 from gnuq_serve.service.answer import Answer, Span, ThinkingLength
 from gnuq_serve.service.consistency import check_log_probability
-from gnuq_serve.service.messages import ScorerConfig, ScorerState, Scoring
-from gnuq_serve.service.request_plan import DEFAULT_OPTIONS, ScoreOptions
+from gnuq_serve.service.messages import ScorerConfig, ScorerState
+from gnuq_serve.service.request_plan import DEFAULT_OPTIONS, RequestOptions
 from gnuq_serve.service.result_store import ResultStore, ResultStoreError, default_path
 from gnuq_serve.service.scorer_client import DeadlineError, QueueFullError, ScorerClient, ScorerUnavailableError
 from gnuq_serve.service.settings import Settings
@@ -119,7 +120,7 @@ class UncertaintyService:
         return ScorerState(status="starting") if self._client is None else self._client.state
 
     async def score(
-        self, answers: Sequence[Answer | None], options: ScoreOptions = DEFAULT_OPTIONS
+        self, answers: Sequence[Answer | None], options: RequestOptions = DEFAULT_OPTIONS
     ) -> list[dict[str, Any]]:
         """One uncertainty for each answer, in JSON form: scored, skipped or failed, with its reason, or pending.
 
@@ -159,7 +160,7 @@ class UncertaintyService:
         return await self._store.get(result_id)
 
     async def _score_one(
-        self, answer: Answer | None, options: ScoreOptions, result_id: str, deadline_seconds: float
+        self, answer: Answer | None, options: RequestOptions, result_id: str, deadline_seconds: float
     ) -> dict[str, Any]:
         start = time.perf_counter()
         if answer is None:
@@ -185,7 +186,9 @@ class UncertaintyService:
             result["thinking"] = None if spans["thinking"] is None else by_name["thinking"].to_dict()
         return result
 
-    async def _score_span(self, span: Span | None, options: ScoreOptions, deadline_seconds: float) -> Uncertainty:
+    async def _score_span(
+        self, span: Span | None, options: RequestOptions, deadline_seconds: float
+    ) -> Uncertainty:
         if span is None:
             return Uncertainty.skipped("there is no answer after the thinking")
         tokens, most = len(span.prompt_ids) + len(span.answer_ids), self.settings.max_score_tokens
@@ -193,9 +196,9 @@ class UncertaintyService:
             return Uncertainty.skipped(f"prompt and answer have {tokens} tokens (max_score_tokens={most})")
         if self._client is None or self.served is None:
             return Uncertainty.failed("the scorer is not started yet")
-        scoring, warnings = self._scoring(options, len(span.answer_ids))
+        allowed, warnings = self._allowed(options, len(span.answer_ids))
         try:
-            result = await self._client.score(span.prompt_ids, span.answer_ids, deadline_seconds, scoring)
+            result = await self._client.score(span.prompt_ids, span.answer_ids, deadline_seconds, allowed)
         except (QueueFullError, DeadlineError) as error:
             return Uncertainty.skipped(str(error))
         except ScorerUnavailableError as error:
@@ -210,7 +213,7 @@ class UncertaintyService:
         dtypes = (self.served.dtype, self.state.dtype or self.served.dtype)
         return check_log_probability(result, span.log_probability, *dtypes)
 
-    def _scoring(self, options: ScoreOptions, answer_tokens: int) -> tuple[Scoring, list[str]]:
+    def _allowed(self, options: RequestOptions, answer_tokens: int) -> tuple[ScoreOptions, list[str]]:
         """What the scorer is asked to do, and warnings of what the operator does not allow."""
         settings, warnings = self.settings, []
         trace, semantic = options.trace, options.semantic
@@ -222,9 +225,11 @@ class UncertaintyService:
         if semantic and not settings.allow_semantic:
             semantic = False
             warnings.append("no semantic signals: not allowed here (allow_semantic=false)")
-        return Scoring(options.mode or settings.mode, trace, semantic), warnings
+        return ScoreOptions(options.mode or settings.mode, trace, semantic), warnings
 
-    async def _score_later(self, answer: Answer | None, options: ScoreOptions, result_id: str) -> dict[str, Any]:
+    async def _score_later(
+        self, answer: Answer | None, options: RequestOptions, result_id: str
+    ) -> dict[str, Any]:
         pending = Uncertainty(status="pending", id=result_id).to_dict()
         deadline = self.settings.background_deadline_seconds
         try:

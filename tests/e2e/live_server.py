@@ -63,6 +63,13 @@ def ask_streamed(running, route, body):
     return events
 
 
+def chat_openai(running, **settings):
+    """LangChain's stock client of a server."""
+    from langchain_openai import ChatOpenAI
+
+    return ChatOpenAI(base_url=f"{running.base_url}/v1", api_key=KEY, model=NAME, temperature=0, **settings)
+
+
 def ask_for(running, result_id):
     """A pending result when it has come."""
     for _ in range(600):

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 from langchain_gnuq import UncertaintyCallbackHandler
-from langchain_openai import ChatOpenAI
-from live_server import ENV, KEY, NAME
+from live_server import ENV, NAME, chat_openai
 
 from gnuq_serve import Policy, Uncertainty
 
@@ -48,14 +47,7 @@ def test_offline_http_and_langchain_agree(offline, client, server, index):
     assert choice.logprobs.model_extra["uncertainty"] == over_http
 
     policy = Policy(signal="normalized.probability", answer=0.8, escalate=0.6, otherwise="human")
-    model = ChatOpenAI(
-        base_url=f"{server.base_url}/v1",
-        api_key=KEY,
-        model=NAME,
-        temperature=0,
-        max_tokens=24,
-        callbacks=[UncertaintyCallbackHandler(policy=policy)],
-    )
+    model = chat_openai(server, max_tokens=24, callbacks=[UncertaintyCallbackHandler(policy=policy)])
     in_langchain = model.invoke(QUESTIONS[index]).response_metadata["uncertainty"]
     assert in_langchain["decision"] in {"answer", "escalate", "human"}
     assert in_langchain["calibration"] == "uncalibrated"

@@ -7,19 +7,17 @@ import time
 import httpx
 import pytest
 from langchain_gnuq import UncertaintyCallbackHandler
-from langchain_openai import ChatOpenAI
 from live_server import (
     BODIES,
     CHAT,
     COMPLETION,
     GNUQ_SERVE,
     HEADERS,
-    KEY,
-    NAME,
     OPTIONS,
     ask,
     ask_for,
     ask_streamed,
+    chat_openai,
     scorer_of,
     split_stream,
     wait_for_scorer,
@@ -63,15 +61,7 @@ def test_the_clients_own_stream_helper(client, more):
 
 
 def test_langchain_streams(server):
-    model = ChatOpenAI(
-        base_url=f"{server.base_url}/v1",
-        api_key=KEY,
-        model=NAME,
-        temperature=0,
-        max_tokens=16,
-        streaming=True,
-        callbacks=[UncertaintyCallbackHandler()],
-    )
+    model = chat_openai(server, max_tokens=16, streaming=True, callbacks=[UncertaintyCallbackHandler()])
     answer = model.invoke(CHAT["messages"][0]["content"])
     assert "Paris" in answer.content
     assert answer.response_metadata["finish_reason"] == "stop"

@@ -18,7 +18,7 @@ import pytest
 from gnuq_serve.scorer import Sample, Scorer
 from gnuq_serve.service.answer import Answer
 from gnuq_serve.service.messages import ScorerConfig
-from gnuq_serve.service.request_plan import ScoreOptions
+from gnuq_serve.service.request_plan import RequestOptions
 from gnuq_serve.service.scorer_client import DeadlineError, ScorerClient
 from gnuq_serve.service.service import ServedModel, UncertaintyService
 from gnuq_serve.service.settings import load_settings
@@ -69,7 +69,7 @@ class Running:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
     def score(self, *answers, **options):
-        results = self.call(self.service.score(list(answers), ScoreOptions(**options)))
+        results = self.call(self.service.score(list(answers), RequestOptions(**options)))
         return [Uncertainty.from_dict(result) for result in results]
 
     def wait_for(self, *states):
@@ -546,7 +546,7 @@ def test_thinking_and_answer_are_scored_apart(running, in_process):
     whole = Answer(prompt, thinking + answer, thinking=3)
     (plain,) = running.call(running.service.score([whole]))
     assert "thinking" not in plain
-    (both,) = running.call(running.service.score([whole], ScoreOptions(thinking=True)))
+    (both,) = running.call(running.service.score([whole], RequestOptions(thinking=True)))
     headline, thought = Uncertainty.from_dict(both), Uncertainty.from_dict(both["thinking"])
     expected_answer, expected_thinking = in_process.score(
         [Sample(prompt + thinking, answer), Sample(prompt, thinking)]
@@ -555,10 +555,10 @@ def test_thinking_and_answer_are_scored_apart(running, in_process):
     close_to(expected_answer)(Uncertainty.from_dict(plain))
     close_to(expected_thinking.replace(span="thinking"))(thought)
     (unfinished,) = running.call(
-        running.service.score([Answer(prompt, thinking, thinking=3)], ScoreOptions(thinking=True))
+        running.service.score([Answer(prompt, thinking, thinking=3)], RequestOptions(thinking=True))
     )
     assert (unfinished["status"], unfinished["thinking"]["status"]) == ("skipped", "scored")
-    (none,) = running.call(running.service.score([Answer(prompt, answer)], ScoreOptions(thinking=True)))
+    (none,) = running.call(running.service.score([Answer(prompt, answer)], RequestOptions(thinking=True)))
     assert (none["status"], none["thinking"]) == ("scored", None)
 
 

@@ -4,29 +4,14 @@ import csv
 import json
 
 import pytest
-from scored_rows import scored_rows
+from scored_rows import questions, scored_rows, write
 
 from gnuq_serve import Uncertainty
 from gnuq_serve.calibration import Calibration
 from gnuq_serve.cli import main
 
 pytest.importorskip("sklearn")
-
-
-@pytest.fixture(autouse=True)
-def _local(monkeypatch, tmp_path):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.chdir(tmp_path)
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def questions(count):
-    return [{"question": f"What is {n} + 1?", "answers": [str(n + 1)]} for n in range(count)]
+pytestmark = pytest.mark.usefixtures("in_empty_folder")
 
 
 def calibrate(*arguments):

@@ -3,7 +3,7 @@ import asyncio
 import pytest
 
 from gnuq_serve.service.given_answer import GivenAnswer
-from gnuq_serve.service.request_plan import InvalidRequestError, ScoreOptions
+from gnuq_serve.service.request_plan import InvalidRequestError, RequestOptions
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 END, OTHER_END = 2, 3
@@ -46,8 +46,8 @@ def test_a_chat_gets_the_token_that_its_template_puts_behind_an_answer():
 
 def test_options():
     body = {"prompt": "a", "answer": "b"}
-    assert GivenAnswer.read(body).options == ScoreOptions()
-    assert GivenAnswer.read(body | {"uncertainty": {"wait": False}}).options == ScoreOptions(wait=False)
+    assert GivenAnswer.read(body).options == RequestOptions()
+    assert GivenAnswer.read(body | {"uncertainty": {"wait": False}}).options == RequestOptions(wait=False)
     assert GivenAnswer.read(body | {"model": "m"}).model == "m"
 
 

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 
-from gnuq_serve.service.request_plan import ROUTES, InvalidRequestError, ScoreOptions, plan_request
+from gnuq_serve.service.request_plan import ROUTES, InvalidRequestError, RequestOptions, plan_request
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "temperature": 0.5}
 TEXT = {"model": "m", "prompt": "Hi", "max_tokens": 4}
@@ -250,11 +250,11 @@ def test_a_long_wrong_value_is_cut():
 @pytest.mark.parametrize(
     ("field", "options"),
     [
-        (True, ScoreOptions()),
-        ({"wait": False}, ScoreOptions(wait=False)),
-        ({"thinking": True, "mode": "exact"}, ScoreOptions(thinking=True, mode="exact")),
-        ({"mode": "answer_only", "trace": True}, ScoreOptions(mode="answer_only", trace=True)),
-        ({"mode": None, "semantic": True}, ScoreOptions(semantic=True)),
+        (True, RequestOptions()),
+        ({"wait": False}, RequestOptions(wait=False)),
+        ({"thinking": True, "mode": "exact"}, RequestOptions(thinking=True, mode="exact")),
+        ({"mode": "answer_only", "trace": True}, RequestOptions(mode="answer_only", trace=True)),
+        ({"mode": None, "semantic": True}, RequestOptions(semantic=True)),
     ],
 )
 def test_options(route, request_body, field, options):

@@ -6,7 +6,7 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from gnuq_serve.service.request_plan import ScoreOptions
+from gnuq_serve.service.request_plan import RequestOptions
 from gnuq_serve.service.result_store import ResultStoreError
 from gnuq_serve.service.routes import routes
 from gnuq_serve.service.service import ServedModel, Server, UncertaintyService
@@ -30,7 +30,7 @@ class StandInService(UncertaintyService):
 
     async def score(self, answers, options):
         self.asked += answers
-        status = "scored" if options == ScoreOptions() else "pending"
+        status = "scored" if options == RequestOptions() else "pending"
         return [Uncertainty(status=status, id="unc-9").to_dict() for _ in answers]
 
 

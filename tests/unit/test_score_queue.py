@@ -1,6 +1,7 @@
 import random
 
-from gnuq_serve.service.messages import ScoreRequest, Scoring
+from gnuq_serve.score_options import ScoreOptions
+from gnuq_serve.service.messages import ScoreRequest
 from gnuq_serve.service.score_queue import ScoreQueue
 
 
@@ -41,7 +42,13 @@ def test_too_long_for_a_batch_goes_alone():
 
 def test_only_what_is_scored_the_same_way_goes_together():
     queue = ScoreQueue(100)
-    ways = [Scoring(), Scoring("answer_only"), Scoring(), Scoring(trace=True), Scoring("answer_only")]
+    ways = [
+        ScoreOptions(),
+        ScoreOptions("answer_only"),
+        ScoreOptions(),
+        ScoreOptions(trace=True),
+        ScoreOptions("answer_only"),
+    ]
     for number, way in enumerate(ways):
         queue.add("a", ScoreRequest(number, [1] * 5, [2], 100.0, way))
     assert [numbers(queue.next_batch(0)) for _ in range(3)] == [[0, 2], [1, 4], [3]]

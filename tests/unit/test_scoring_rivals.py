@@ -13,14 +13,13 @@ from rivals.padded import NO_TARGET, Padded
 from rivals.peak import peak_mib
 from rivals.same_batches import batches_of
 from rivals.samples import Prompts, read_prompts
-from rivals.setting import count_pad_token
 from rivals.timing import Timings, interleaved
 from rivals.token_traces import KeptGraph, PassPerToken
 from rivals.torch_func import PerSampleGradients
 from scoring import headline
 
 from gnuq_serve import Sample, Scorer
-from gnuq_serve.gradnorm.oracle import Oracle
+from gnuq_serve.gradnorm.oracle import Oracle, count_padding_rows
 
 PAD = 5
 SAMPLES = [
@@ -35,7 +34,7 @@ SAMPLES = [
 @pytest.fixture
 def model(tiny_llama) -> Any:
     model = tiny_llama(tied=True, dtype=torch.float64)
-    count_pad_token(model)
+    count_padding_rows(model)
     return model
 
 
@@ -48,7 +47,7 @@ def expected(model: Any) -> list[float]:
 @pytest.mark.parametrize("tied", [True, False])
 def test_norms(tiny_llama, name, tied):
     model = tiny_llama(tied, dtype=torch.float64)
-    count_pad_token(model)
+    count_padding_rows(model)
     assert build(name, Scorer(model))(SAMPLES) == pytest.approx(expected(model), rel=1e-9)
 
 

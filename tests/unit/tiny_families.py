@@ -3,20 +3,10 @@
 from typing import Any
 
 import torch
+from models import sizes
 from transformers import AutoConfig, AutoModelForCausalLM
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 101,
-    "hidden_size": 32,
-    "intermediate_size": 56,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 5,
-}
+SIZES: dict[str, Any] = {**sizes.SIZES, "intermediate_size": 56, "num_hidden_layers": 3}
 # Windows shorter than the prompts, and layers with and without one; experts in the one implementation that
 # takes float64.
 WINDOWS: dict[str, Any] = {
