@@ -1,6 +1,7 @@
 """Passes over many samples: packing, memory that runs out, interruptions, what is asked for beside the norm."""
 
 import itertools
+import os
 import random
 import resource
 import subprocess
@@ -268,7 +269,10 @@ class TestOutOfMemory:
 
     @pytest.mark.slow
     def test_an_allocator_that_really_has_no_more(self):
-        done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, check=False)
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run(
+            [sys.executable, __file__], capture_output=True, text=True, check=False, env=environment
+        )
         assert done.stdout.split() == ["refused", "equal"], done.stderr
 
     def test_other_errors_are_not_swallowed(self, model, samples):
