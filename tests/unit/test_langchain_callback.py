@@ -3,120 +3,46 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import threading
 import uuid
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from langchain_core.caches import InMemoryCache
+from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.messages import AIMessage, HumanMessage
+from langchain_core.outputs import ChatGeneration, LLMResult
+from langchain_core.runnables import RunnableLambda, RunnableParallel
+from langchain_gnuq import UncertaintyCallbackHandler, UnscoredAnswerError
+from langchain_openai import ChatOpenAI, OpenAI
+from pydantic import BaseModel
+from scripted_openai import Reply, ScriptedServer, running, scored
 
 from gnuq_serve.policy import Policy
 from gnuq_serve.uncertainty import Uncertainty
 
-pytest.importorskip("langchain_openai")
-pytest.importorskip("langchain_gnuq")
-
-from langchain_core.caches import InMemoryCache
-from langchain_core.messages import AIMessage, HumanMessage
-from langchain_core.outputs import ChatGeneration, LLMResult
-from langchain_gnuq import UncertaintyCallbackHandler, UnscoredAnswerError
-from langchain_openai import ChatOpenAI, OpenAI
-from pydantic import BaseModel
-
 POLICY = Policy(signal="normalized.probability", answer=0.8, escalate=0.6, otherwise="human")
 # A scored object for each index of a request with n > 1: sure, middling, unsure.
-SCORED = [
-    Uncertainty.scored(
-        token_log_probabilities=[mean, mean], token_entropies=[0.1, 0.2], grad_norm_sq=90.0
-    ).to_dict()
-    for mean in (-0.01, -0.4, -2.0)
-]
-ABSENT = object()
+SCORED = [scored(mean) for mean in (-0.01, -0.4, -2.0)]
 
 
-class Server(ThreadingHTTPServer):
-    """Answers ``content`` with ``objects[i]`` mirrored in the logprobs of choice i."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Answer)
-        self.objects: list[Any] = SCORED
-        self.content = "Paris"
-        self.requests: list[dict[str, Any]] = []
-
-
-class Answer(BaseHTTPRequestHandler):
-    # HTTP/1.0 closes each connection: langchain-openai shares clients by address, across event loops.
-    protocol_version = "HTTP/1.0"
-    server: Server
-
-    def do_POST(self) -> None:
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.requests.append(request)
-        if request.get("stream"):
-            return self.send("text/event-stream", self.stream().encode())
-        chat = self.path.endswith("/chat/completions")
-        choices = []
-        for index in range(request.get("n") or 1):
-            choice: dict[str, Any] = {"index": index, "finish_reason": "stop", "logprobs": None}
-            if self.server.objects[index] is not ABSENT:
-                mirrored = {"content": None} if chat else {}
-                choice["logprobs"] = {**mirrored, "uncertainty": self.server.objects[index]}
-                choice["uncertainty"] = self.server.objects[index]
-            text = self.server.content
-            choice |= {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
-            choices.append(choice)
-        body = {
-            "id": "chatcmpl-1",
-            "object": "chat.completion" if chat else "text_completion",
-            "created": 1,
-            "model": "small",
-            "choices": choices,
-            "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5},
-        }
-        return self.send("application/json", json.dumps(body).encode())
-
-    def stream(self) -> str:
-        frame = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "small"}
-        deltas = [({"role": "assistant", "content": "Paris"}, None), ({}, "stop")]
-        chunks = [
-            frame | {"choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}
-            for delta, reason in deltas
-        ]
-        return "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
-
-    def send(self, content_type: str, body: bytes) -> None:
-        self.send_response(200)
-        self.send_header("Content-Type", content_type)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args: Any) -> None:
-        pass
+@pytest.fixture(scope="module")
+def one_server() -> Iterator[ScriptedServer]:
+    """For all tests: a client takes a tenth of a second for each new address."""
+    with running(Reply()) as server:
+        yield server
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
-    server = Server()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def server(one_server: ScriptedServer) -> ScriptedServer:
+    """Choice i carries ``SCORED[i]``."""
+    one_server.reply = lambda request, index: Reply(uncertainty=SCORED[index])
+    one_server.requests.clear()
+    return one_server
 
 
-def settings(server: Server) -> dict[str, Any]:
-    base_url = f"http://127.0.0.1:{server.server_port}/v1"
-    return {"base_url": base_url, "api_key": "EMPTY", "model": "small", "max_retries": 0}
-
-
-def chat(server: Server, *handlers: UncertaintyCallbackHandler, **changes: Any) -> ChatOpenAI:
-    return ChatOpenAI(**settings(server) | changes, callbacks=list(handlers))
+def chat(server: ScriptedServer, *handlers: UncertaintyCallbackHandler, **changes: Any) -> ChatOpenAI:
+    return ChatOpenAI(**server.settings(**changes), callbacks=list(handlers))
 
 
 def found(message: Any) -> dict[str, Any]:
@@ -182,7 +108,7 @@ def test_structured_output_with_raw(server, method):
     class City(BaseModel):
         name: str
 
-    server.content = '{"name": "Paris"}'
+    server.reply = Reply('{"name": "Paris"}')
     model = chat(server, UncertaintyCallbackHandler(POLICY))
     answer = model.with_structured_output(City, include_raw=True, method=method).invoke("?")
     assert found(answer["raw"])["decision"] == "answer"
@@ -191,10 +117,10 @@ def test_structured_output_with_raw(server, method):
 
 
 def test_text_completions_have_it_in_the_generation_info(server):
-    model = OpenAI(**settings(server), callbacks=[UncertaintyCallbackHandler(POLICY)])
+    model = OpenAI(**server.settings(), callbacks=[UncertaintyCallbackHandler(POLICY)])
     (generation,) = model.generate(["The capital of France is"]).generations[0]
     assert generation.generation_info["uncertainty"]["decision"] == "answer"
-    server.objects = [ABSENT]
+    server.reply = Reply(uncertainty=None)
     (generation,) = model.generate(["The capital of France is"]).generations[0]
     assert generation.generation_info["uncertainty"]["status"] == "skipped"
 
@@ -218,7 +144,7 @@ def test_a_cache_hit_has_the_same_object(server):
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_an_unscored_answer_raises_when_closed_also_from_the_cache(server, cached):
-    server.objects = [ABSENT]
+    server.reply = Reply(uncertainty=None)
     model = chat(
         server, UncertaintyCallbackHandler(on_failure="closed"), cache=InMemoryCache() if cached else False
     )
@@ -231,7 +157,7 @@ def test_an_unscored_answer_raises_when_closed_also_from_the_cache(server, cache
 
 
 def test_an_unscored_answer_passes_when_open(server):
-    server.objects = [ABSENT]
+    server.reply = Reply(uncertainty=None)
     handler = UncertaintyCallbackHandler(POLICY)
     message = chat(server, handler).invoke("?")
     assert message.text == "Paris"
@@ -241,8 +167,9 @@ def test_an_unscored_answer_passes_when_open(server):
     assert found(asyncio.run(chat(server, handler).ainvoke("?")))["status"] == "skipped"
 
 
-def test_real_logprobs_without_uncertainty_are_unscored():
-    message = AIMessage("Paris", response_metadata={"logprobs": {"content": []}})
+@pytest.mark.parametrize("logprobs", [{"content": []}, [], None, "none"], ids=str)
+def test_real_logprobs_without_uncertainty_are_unscored(logprobs):
+    message = AIMessage("Paris", response_metadata={"logprobs": logprobs})
     result = LLMResult(generations=[[ChatGeneration(message=message)]])
     UncertaintyCallbackHandler().on_llm_end(result, run_id=uuid.uuid4())
     assert found(message)["status"] == "skipped"
@@ -251,7 +178,7 @@ def test_real_logprobs_without_uncertainty_are_unscored():
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("status", ["failed", "skipped", "pending"])
 def test_closed_names_the_servers_reason(server, status, asynchronous):
-    server.objects = [Uncertainty(status=status, reason="the queue is full").to_dict()]
+    server.reply = Reply(uncertainty=Uncertainty(status=status, reason="the queue is full").to_dict())
     model = chat(server, UncertaintyCallbackHandler(POLICY, on_failure="closed"))
     with pytest.raises(UnscoredAnswerError, match=rf"{status} \(the queue is full\)") as error:
         asyncio.run(model.ainvoke("?")) if asynchronous else model.invoke("?")
@@ -259,23 +186,145 @@ def test_closed_names_the_servers_reason(server, status, asynchronous):
 
 
 def test_closed_looks_at_every_choice(server):
-    server.objects = [SCORED[0], Uncertainty.failed("out of memory").to_dict()]
+    server.reply = [Reply(), Reply(uncertainty=Uncertainty.failed("out of memory").to_dict())]
     model = chat(server, UncertaintyCallbackHandler(on_failure="closed"), n=2)
     with pytest.raises(UnscoredAnswerError, match="out of memory"):
         model.generate([[HumanMessage("?")]])
-    server.objects = SCORED
+    server.reply = Reply()
     assert len(model.generate([[HumanMessage("?")]]).generations[0]) == 2
 
 
-def test_a_stream_is_remembered_as_skipped_and_fails_at_its_end_when_closed(server):
+def carriers(chunks: list[Any]) -> list[bool]:
+    return ["uncertainty" in chunk.response_metadata for chunk in chunks]
+
+
+@pytest.mark.parametrize("more", [{}, {"stream_usage": True}, {"logprobs": True}], ids=str)
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_stream_has_it_on_its_last_chunk_and_no_other(server, asynchronous, more):
+    handler = UncertaintyCallbackHandler(POLICY)
+    model = chat(server, handler, **more)
+
+    async def collect() -> list[Any]:
+        return [chunk async for chunk in model.astream("?")]
+
+    chunks = asyncio.run(collect()) if asynchronous else list(model.stream("?"))
+    assert carriers(chunks) == [False] * (len(chunks) - 1) + [True]
+    assert chunks[-1].chunk_position == "last"
+    total = sum(chunks[1:], start=chunks[0])
+    assert total.text == "Paris"
+    assert found(total) == SCORED[0] | {"decision": "answer", "calibration": "uncalibrated"}
+    assert handler.uncertainty_of(run_id_of(chunks[0])) == Uncertainty.from_dict(found(total))
+
+
+class Counting(UncertaintyCallbackHandler):
+    """Counts how often an answer is decided on."""
+
+    def __init__(self) -> None:
+        super().__init__(POLICY)
+        self.decided = 0
+        decider = self._decider
+
+        class Decider:
+            def annotate(_, *args: Any) -> Uncertainty:  # noqa: N805
+                self.decided += 1
+                return decider.annotate(*args)
+
+        self._decider = Decider()  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("ask", ["invoke", "stream", "streaming_invoke"])
+def test_an_answer_is_decided_on_once(server, ask):
+    handler = Counting()
+    model = chat(server, handler, streaming=ask == "streaming_invoke")
+    list(model.stream("?")) if ask == "stream" else model.invoke("?")
+    assert handler.decided == 1
+    assert len(server.requests) == 1
+
+
+def test_an_unscored_stream_says_so_and_fails_at_its_end_when_closed(server):
+    server.reply = Reply(uncertainty=None)
     handler = UncertaintyCallbackHandler(POLICY)
     chunks = list(chat(server, handler).stream("?"))
-    assert "".join(chunk.text for chunk in chunks) == "Paris"
+    assert found(chunks[-1])["status"] == "skipped"
     remembered = handler.uncertainty_of(run_id_of(chunks[0]))
     assert remembered is not None
     assert remembered.status == "skipped"
+    seen: list[Any] = []
     with pytest.raises(UnscoredAnswerError):
-        list(chat(server, UncertaintyCallbackHandler(on_failure="closed")).stream("?"))
+        seen.extend(chat(server, UncertaintyCallbackHandler(on_failure="closed")).stream("?"))
+    assert "".join(chunk.text for chunk in seen) == "Paris"
+
+
+def test_streams_that_are_left_early_do_not_pile_up(server):
+    handler = UncertaintyCallbackHandler(max_remembered=3)
+    model = chat(server, handler)
+    for _ in range(5):
+        next(iter(model.stream("?")))
+    assert len(handler._open) <= 3
+    list(model.stream("?"))
+    assert len(handler._open) <= 3
+
+
+def test_an_error_of_the_server_is_the_users_and_leaves_nothing_behind(server):
+    server.reply = Reply(status=500)
+    handler = UncertaintyCallbackHandler()
+    for ask in (chat(server, handler).invoke, lambda text: list(chat(server, handler).stream(text))):
+        with pytest.raises(Exception, match="500"):
+            ask("?")
+    assert not handler._open
+
+
+def test_an_unscored_answer_falls_back(server):
+    server.reply = [Reply(uncertainty=None), Reply("London")]
+    first = chat(server, UncertaintyCallbackHandler(on_failure="closed"))
+    second = chat(server, UncertaintyCallbackHandler(POLICY))
+    model = first.with_fallbacks([second], exceptions_to_handle=(UnscoredAnswerError,))
+    message = model.invoke("?")
+    assert message.text == "London"
+    assert found(message)["decision"] == "answer"
+    server.reply = Reply(status=500)
+    with pytest.raises(Exception, match="500"):
+        model.invoke("?")
+
+
+def test_an_unscored_answer_is_asked_again_by_with_retry(server):
+    server.reply = [Reply(uncertainty=None), Reply("London")]
+    model = chat(server, UncertaintyCallbackHandler(on_failure="closed"))
+    again = model.with_retry(retry_if_exception_type=(UnscoredAnswerError,), wait_exponential_jitter=False)
+    assert again.invoke("?").text == "London"
+
+
+def test_a_chain_is_known_by_the_run_id_that_it_was_given(server):
+    handler = UncertaintyCallbackHandler(POLICY)
+    outer = uuid.uuid4()
+    inner = chat(server) | RunnableLambda(lambda message: message.text)
+    chain = RunnableParallel(a=inner) | RunnableLambda(lambda both: both["a"])
+    assert chain.invoke("?", {"run_id": outer, "callbacks": [handler]}) == "Paris"
+    remembered = handler.uncertainty_of(str(outer))
+    assert remembered is not None
+    assert remembered.decision == "answer"
+    # Nothing of the chain's inner workings is kept.
+    assert not handler._remembered._parents
+    with pytest.raises(ValueError, match="badly formed"):
+        handler.uncertainty_of("no run id")
+
+
+def test_another_handler_that_breaks_does_not_cost_the_score(server):
+    class Broken(BaseCallbackHandler):
+        def on_llm_new_token(self, *args: Any, **kwargs: Any) -> None:
+            raise RuntimeError("broken")
+
+        on_llm_end = on_llm_new_token  # type: ignore[assignment]
+
+    model = ChatOpenAI(**server.settings(), callbacks=[Broken(), UncertaintyCallbackHandler(), Broken()])
+    assert found(model.invoke("?")) == SCORED[0]
+    assert found(list(model.stream("?"))[-1]) == SCORED[0]
+
+
+def test_fields_of_a_newer_server_stay(server):
+    newer = SCORED[0] | {"thinking": {"tokens": 3}, "signals": SCORED[0]["signals"]}
+    server.reply = Reply(uncertainty=newer)
+    assert found(chat(server, UncertaintyCallbackHandler(POLICY)).invoke("?"))["thinking"] == {"tokens": 3}
 
 
 MALFORMED = [
@@ -294,7 +343,7 @@ MALFORMED = [
 
 @pytest.mark.parametrize("data", MALFORMED, ids=range(len(MALFORMED)))
 def test_a_malformed_object_is_a_failure_with_a_reason(server, data):
-    server.objects = [data]
+    server.reply = Reply(uncertainty=data)
     message = chat(server, UncertaintyCallbackHandler(POLICY)).invoke("?")
     assert message.text == "Paris"
     assert found(message)["status"] == "failed"
