@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from built_in_prompts import QUESTIONS, REQUESTS
 
 from gnuq_serve import Sample, Scorer
-from rivals.built_in import QUESTIONS, REQUESTS
 
 GENERATION_BATCH = 16
 
