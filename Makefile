@@ -36,15 +36,19 @@ demo: setup  ## serve a small model, score its answers, let a chatbot route them
 	@$(BIN)/python examples/demo.py
 
 test: setup  ## all tests (PYTEST_ARGS="-m 'not slow'" for the quick ones)
-	$(ONE_THREAD) $(BIN)/python -m pytest $(PYTEST_ARGS)
+	@# What starts real servers runs alone: on two cores, tests beside it would only slow it down.
+	@status=0; \
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/integration $(PYTEST_ARGS) || status=$$?; \
+	$(ONE_THREAD) $(BIN)/python -m pytest tests/e2e $(PYTEST_ARGS) || { code=$$?; test $$code -eq 5 || status=$$code; }; \
+	exit $$status
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: setup  ## exactness, speed and modes, a quarter of an hour (BENCH_ARGS= for all of it, an hour and more)
-	@set -e; for name in exactness scoring modes; do \
+bench: setup  ## exactness, speed, modes and serving, half an hour (BENCH_ARGS= for all of it, two hours and more)
+	@set -e; for name in exactness scoring modes serving; do \
 	  echo "== $$name"; $(BIN)/python benchmarks/$$name.py $(BENCH_ARGS); done
 
 clean:  ## remove caches and build outputs (the environment stays; rm -rf .venv removes it)

@@ -1,4 +1,4 @@
-"""The command line: ``gnuq-serve serve | check | calibrate | demo-model``."""
+"""The command line: ``gnuq-serve serve | proxy | calibrate | recalibrate | check | check-vllm | demo-model``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ import sys
 from collections.abc import Sequence
 
 from gnuq_serve.calibration.arguments import add_calibrate
+from gnuq_serve.service.proxy_command import add_proxy
+from gnuq_serve.service.recalibrate_command import add_recalibrate
+from gnuq_serve.service.setting_sources import add_flags, flags_of, unknown_flag
+from gnuq_serve.service.settings import Settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,10 +21,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     serve = commands.add_parser(
         "serve",
         help="vLLM's server with uncertainty on every answer",
-        description="Runs `vllm serve` with the plugin on; every other argument goes to vLLM.",
+        usage="gnuq-serve serve MODEL [--gnuq-SETTING VALUE ...] [any flag of `vllm serve`]",
+        description="Runs `vllm serve` with the plugin on. Flags that begin with --gnuq- are ours, explained "
+        "here; every other argument goes to vLLM.",
+        epilog="vLLM's flags: `gnuq-serve serve --help=all` shows all of them, --help=listgroup their groups, "
+        "--help=WORD those that hold the word.",
+        allow_abbrev=False,
     )
-    serve.add_argument("--gnuq-config", metavar="FILE", help="YAML file with the settings of the scorer")
+    add_flags(serve, Settings)
+    add_proxy(commands)
     add_calibrate(commands)
+    add_recalibrate(commands)
     check = commands.add_parser(
         "check",
         help="is every parameter of a model counted, and is the number autograd's?",
@@ -28,21 +39,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         "(three times the weights' memory). Exit status 0: every parameter is counted, the numbers equal.",
     )
     _add_check_arguments(check)
+    commands.add_parser(
+        "check-vllm",
+        help="does the installed vLLM have all that we rely on?",
+        description="Builds vLLM's own application with the plugin and looks up each part of vLLM that we use, "
+        "without loading a model (20 s). Exit status 0: all is there.",
+    )
     commands.add_parser("demo-model", help="put SmolLM2-135M-Instruct into the cache and print its path")
-    args, rest = parser.parse_known_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    vllm_help = [argument for argument in argv if argument.startswith("--help=")]
+    args, rest = parser.parse_known_args([argument for argument in argv if argument not in vllm_help])
+    rest += vllm_help
+    if complaint := unknown_flag(Settings, rest):
+        parser.error(complaint)
     if rest and args.command != "serve":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         if args.command == "serve":
             from gnuq_serve.vllm.serve import serve as serve_model
 
-            serve_model(rest, args.gnuq_config)
+            serve_model(rest, args.gnuq_config, flags_of(args))
+        elif args.command == "proxy":
+            from gnuq_serve.service.proxy_command import run as run_proxy
+
+            return run_proxy(args)
         elif args.command == "calibrate":
             from gnuq_serve.calibration.command import run
 
             return run(args)
+        elif args.command == "recalibrate":
+            from gnuq_serve.service.recalibrate_command import run as recalibrate
+
+            return recalibrate(args)
         elif args.command == "check":
             return _check(args)
+        elif args.command == "check-vllm":
+            return _check_vllm()
         else:
             from gnuq_serve.demo_model import ensure_demo_model
 
@@ -67,6 +99,17 @@ def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--semantic", action="store_true", help="compare hidden-state gradients and SemGrad too")
     parser.add_argument("--config-only", action="store_true", help="coverage alone, without loading weights")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def _check_vllm() -> int:
+    from gnuq_serve.vllm.compatibility import check_vllm
+
+    problems = 0
+    for finding in check_vllm():
+        problems += finding.problem is not None
+        print("ok  " if finding.problem is None else "NO  ", finding.what, end="")
+        print("" if finding.problem is None else f": {finding.problem}", flush=True)
+    return int(problems > 0)
 
 
 def _check(args: argparse.Namespace) -> int:

@@ -54,6 +54,7 @@ class Scorer:
         memory_budget: int | str | None = None,
         max_batch_tokens: int | None = None,
         hidden_position: int | None = None,
+        fingerprints: Mapping[Mode, str] | None = None,
     ) -> None:
         """Score with a model in memory.
 
@@ -67,6 +68,7 @@ class Scorer:
                 on a GPU. A longer sample gets a pass of its own.
             hidden_position: prompt position of hidden-state gradients, from the prompt's end (-1: its last
                 token); None for the mean over the prompt.
+            fingerprints: names of these weights in each mode, where others than their own are wanted.
 
         Raises:
             UnsupportedModelError: the model's parameters can't all be counted; the message says which.
@@ -102,7 +104,7 @@ class Scorer:
             max_batch_tokens=self.max_batch_tokens,
             position=hidden_position,
         )
-        self._fingerprints: dict[Mode, str] = {}
+        self._fingerprints: dict[Mode, str] = dict(fingerprints or {})
         slow = self.slow_layers
         self._warnings = (f"slow exact path: {', '.join(slow)}",) if slow else ()
 

@@ -113,7 +113,9 @@ class Uncertainty:
     Every number is finite or None. Logarithms are natural, entropies in nats. ``log_probability`` is ``l``,
     ``entropy`` the mean over the answer's tokens, ``log_grad_norm_sq`` is ``log ||grad_theta l||^2`` over all
     parameters. ``p_correct``, ``decision`` and ``calibration`` stay None until a calibration or a policy
-    fills them in. ``seconds`` is the wall time from asking for the score to having it.
+    fills them in. ``seconds`` is the wall time from asking for the score to having it. ``audit``: the answer was
+    drawn at random to be labelled. ``withheld``: the server's gate put another text in the answer's place, since
+    it is ``uncertain`` or ``unscored``. Both are absent from the JSON where there is nothing to say.
     """
 
     id: str | None = None
@@ -138,6 +140,8 @@ class Uncertainty:
     decision: str | None = None
     calibration: str | None = None
     seconds: float | None = None
+    audit: bool = False
+    withheld: str | None = None
 
     @classmethod
     def scored(
@@ -251,6 +255,10 @@ class Uncertainty:
             data["trace"] = {name: list(values) for name, values in data["trace"].items()}
         if self.reason is None:
             del data["reason"]
+        if not self.audit:
+            del data["audit"]
+        if self.withheld is None:
+            del data["withheld"]
         return data
 
     def replace(self, **changes: Any) -> Uncertainty:

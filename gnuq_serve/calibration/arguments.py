@@ -82,6 +82,12 @@ def add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         "measured on them",
     )
 
+    add_promise(parser)
+    add_output(parser).add_argument("--collect-only", action="store_true", help="stop after --rows")
+
+
+def add_promise(parser: argparse.ArgumentParser) -> None:
+    """What is to be promised."""
     promise = parser.add_argument_group("promise")
     promise.add_argument(
         "--max-error",
@@ -94,6 +100,9 @@ def add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     promise.add_argument("--confidence", type=float, default=0.95, help="that the promise holds (0.95)")
     promise.add_argument("--held-out", type=float, metavar="SHARE", help="share of rows kept from the fit (half)")
 
+
+def add_output(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """What is to be written."""
     out = parser.add_argument_group("output")
     out.add_argument("--out", default="calibration.json", metavar="FILE", help="the result (calibration.json)")
     out.add_argument("--name", metavar="NAME", help="its name (default: that of --out)")
@@ -103,7 +112,7 @@ def add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         help="report.html and its figures; holds the text of twenty questions and answers",
     )
     out.add_argument("--rows", metavar="FILE", help="also write the scored, labelled rows, without any text")
-    out.add_argument("--collect-only", action="store_true", help="stop after --rows")
+    return out
 
 
 def _positive(text: str) -> int:

@@ -14,14 +14,16 @@ Only a random sample counts: labels that users volunteer are not one, and must n
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from gnuq_serve.calibration.arrays import FloatArray
+from gnuq_serve.calibration.arrays import FloatArray, IntArray
 
 # Jeffreys' prior on (0, 1), by quantiles: alternatives q = sin^2.
 _ALTERNATIVES: FloatArray = np.sin(np.pi / 2 * (np.arange(400) + 0.5) / 400) ** 2
+_CHUNK = 1000  # labels at a time: 3 MB
 
 
 @dataclass(slots=True)
@@ -61,6 +63,19 @@ class AuditTest:
         self.peak = max(self.peak, self.log_evidence)
         return self.broken
 
+    def add_all(self, labels: Sequence[bool]) -> bool:
+        """As `add` for each label in turn, all at once; True where the promise counts as broken."""
+        if not labels:
+            return self.broken
+        errors = self.errors + np.cumsum(~np.asarray(labels, dtype=np.bool_))
+        answers = self.answers + np.arange(1, len(labels) + 1)
+        for start in range(0, len(labels), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            evidence = _log_evidences(self.max_error, answers[part], errors[part], above=True)
+            self.peak = max(self.peak, float(evidence.max()))
+        self.answers, self.errors = int(answers[-1]), int(errors[-1])
+        return self.broken
+
     @property
     def log_evidence(self) -> float:
         """Natural logarithm of the evidence against the claim, now; 0 at the start."""
@@ -87,11 +102,20 @@ class AuditTest:
 
 
 def _log_evidence(level: float, answers: int, errors: int, *, above: bool) -> float:
-    """``log mean_q (q/a)^errors ((1-q)/(1-a))^(answers-errors)`` over the alternatives on one side of ``a``."""
+    return float(_log_evidences(level, np.array([answers]), np.array([errors]), above=above)[0])
+
+
+def _log_evidences(level: float, answers: IntArray, errors: IntArray, *, above: bool) -> FloatArray:
+    """``log mean_q (q/a)^errors ((1-q)/(1-a))^(answers-errors)`` over the alternatives on one side of ``a``.
+
+    ``answers`` and ``errors`` are counts, one pair for each value returned.
+    """
     beyond = np.greater if above else np.less
     q = _ALTERNATIVES[beyond(_ALTERNATIVES, level)]
     if q.size == 0:
-        return 0.0
-    logs = errors * np.log(q / level) + (answers - errors) * np.log((1.0 - q) / (1.0 - level))
-    top = float(logs.max())
-    return top + math.log(float(np.exp(logs - top).mean()))
+        return np.zeros(len(answers))
+    right, wrong = (answers - errors)[:, None], errors[:, None]
+    logs = wrong * np.log(q / level) + right * np.log((1.0 - q) / (1.0 - level))
+    top = logs.max(axis=1)
+    evidence: FloatArray = top + np.log(np.exp(logs - top[:, None]).mean(axis=1))
+    return evidence

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
 
 from gnuq_serve.calibration.answers import AnswerError, AnswerSource, Sampling
+from gnuq_serve.calibration.binding import chat_parts, system_part
 from gnuq_serve.calibration.questions import Question
 from gnuq_serve.calibration.working_file import Answer, WorkingFile
 
@@ -76,10 +78,39 @@ def collect(
     return {question.key: work.answers[question.key] for question in asked}
 
 
-def fingerprint_parts(sampling: Sampling, system: str | None) -> dict[str, str]:
-    """What a calibration is bound to besides the scorer's fingerprint: sampling, the system prompt's hash."""
-    how = f"temperature={sampling.temperature:g} top_p={sampling.top_p:g} max_tokens={sampling.max_tokens}"
+def fingerprint_parts(
+    sampling: Sampling, questions: Sequence[Question], request: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """What a calibration is bound to besides the scorer's fingerprint; see `gnuq_serve.calibration.binding`.
+
+    A part in which the questions differ is not bound.
+
+    Args:
+        sampling: how answers were asked for.
+        questions: the questions asked.
+        request: further fields of each request.
+    """
+    asked = [question for question in questions if needs_answer(question)]
+    if not asked:
+        return _logged_parts(questions)
+    parts = chat_parts({**asdict(sampling), **(request or {})}, defaults={})
+    systems = {system_part(question.messages) for question in asked}
+    parts["system_prompt"] = systems.pop()
+    if systems:
+        del parts["system_prompt"]
+    if any(question.answer is not None for question in asked):  # given answers: nobody knows how they were drawn
+        del parts["sampling"]
+    return parts
+
+
+def _logged_parts(questions: Sequence[Question]) -> dict[str, str]:
+    """The parts that all rows of a server's log have in common."""
+    logged = [question.extra.get("parts") for question in questions]
+    known = [parts for parts in logged if isinstance(parts, Mapping)]
+    if not known or len(known) < len(logged):
+        return {}
     return {
-        "sampling": how,
-        "system_prompt": hashlib.sha256(system.encode()).hexdigest()[:12] if system else "none",
+        str(name): str(value)
+        for name, value in known[0].items()
+        if all(parts.get(name) == value for parts in known)
     }

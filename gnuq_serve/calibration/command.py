@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
@@ -56,22 +56,24 @@ def run(args: argparse.Namespace) -> int:
         questions = sample(questions, args.limit, args.seed)
         unique = without_repeats(questions)
         if len(unique) < len(questions):
-            _say(f"{len(questions) - len(unique)} questions stand in the data twice; each counts once")
+            say(f"{len(questions) - len(unique)} questions stand in the data twice; each counts once")
         judge = _judge_sentence(args, match)
         try:
             labelled = _labelled(args, unique, match, stack)
         except KeyboardInterrupt:
-            _say("stopped; the same command goes on from here")
+            say("stopped; the same command goes on from here")
             return EXIT_STOPPED
-    _say_left_out(labelled, len(unique))
+    say(f"{len(labelled.rows)} of {len(unique)} questions gave a scored and labelled answer")
+    say_left_out(labelled)
     if args.rows:
         write_rows(args.rows, labelled.rows)
-        _say(f"wrote {args.rows}: {len(labelled.rows)} rows, no text")
+        say(f"wrote {args.rows}: {len(labelled.rows)} rows, no text")
     if args.collect_only:
         if judge:
-            _say(judge)
+            say(judge)
         return 0
-    return _calibrate(args, labelled, judge)
+    parts = fingerprint_parts(_sampling(args), labelled.questions, _json_object("--request", args.request))
+    return conclude(args, labelled, parts, judge)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -85,12 +87,23 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--engine-arg goes with --model")
     if not args.server and (args.mode or args.semantic or args.request or args.served_model):
         raise ValueError("--mode, --semantic, --request and --served-model go with --server")
+    check_promise(args)
+    if args.working_file and not Path(args.working_file).parent.is_dir():
+        raise ValueError(f"{args.working_file}: there is no folder {Path(args.working_file).parent}")
+
+
+def check_promise(args: argparse.Namespace) -> None:
+    """Complain about what is to be promised and written before any work is done.
+
+    Raises:
+        ValueError: a share out of range, or a folder that is not there.
+    """
     for level in args.max_error:
         if not 0 < level < 1:
             raise ValueError(f"--max-error {level:g} must be a share between 0 and 1, such as 0.1 for 10 %")
     if not 0 < args.confidence < 1:
         raise ValueError(f"--confidence {args.confidence:g} must be a share between 0 and 1, such as 0.95")
-    for path in (args.out, args.rows, args.working_file):
+    for path in (args.out, args.rows):
         if path and not Path(path).parent.is_dir():
             raise ValueError(f"{path}: there is no folder {Path(path).parent}")
 
@@ -102,6 +115,11 @@ def _check_installed(args: argparse.Namespace) -> None:
     wanted += ["scipy"] if args.judge_sample else []
     wanted += [] if args.collect_only else ["scipy", "sklearn"]
     wanted += ["matplotlib", "jinja2"] if args.report and not args.collect_only else []
+    check_packages(wanted)
+
+
+def check_packages(wanted: Sequence[str]) -> None:
+    """Raise ImportError with the remedy where a package is not installed."""
     missing = [name for name in dict.fromkeys(wanted) if find_spec(name) is None]
     if missing:
         raise ImportError(
@@ -233,37 +251,49 @@ def _labelled(args: argparse.Namespace, questions: list[Question], match: Matche
     if source is not None:
         path = args.working_file or str(Path(args.out).with_suffix("")) + ".work.jsonl"
         work = stack.enter_context(WorkingFile(path, source.settings))
-        _say(f"working file {path}: {len(work.answers)} answers so far; it holds their text")
+        say(f"working file {path}: {len(work.answers)} answers so far; it holds their text")
         known = {question.key for question in questions}
         if changed := sum(key not in known for key in work.answers):
-            _say(f"{changed} of them belong to no question of this run (changed, removed or beyond --limit)")
+            say(f"{changed} of them belong to no question of this run (changed, removed or beyond --limit)")
         stack.callback(source.close)
     answers = collect(questions, source, work, _progress)
     with _judge_errors():
         return label(questions, answers, match, work=work, progress=_progress, concurrency=args.concurrency)
 
 
-def _calibrate(args: argparse.Namespace, labelled: Labelled, judge: str | None) -> int:
+def conclude(
+    args: argparse.Namespace, labelled: Labelled, fingerprint: Mapping[str, str], judge: str | None = None
+) -> int:
+    """Fit, write what was asked for, and print the result; returns the exit code.
+
+    Args:
+        args: the arguments of `add_promise` and `add_output`, and ``seed``.
+        labelled: rows and what did not become one.
+        fingerprint: what the calibration is bound to besides the rows' own.
+        judge: what is known of the judge's error.
+
+    Raises:
+        ValueError: the rows can't be used together, or are too few.
+    """
     from gnuq_serve.calibration import calibrate
 
-    asked = any(map(needs_answer, labelled.questions))
     outcome = calibrate(
         labelled.rows,
         max_error=tuple(args.max_error),
         confidence=args.confidence,
         name=args.name or Path(args.out).name.removesuffix(".json"),
-        fingerprint=fingerprint_parts(_sampling(args), args.system) if asked else None,
+        fingerprint=fingerprint,
         seed=args.seed,
         held_out=args.held_out,
-        progress=_say,
+        progress=say,
     )
     outcome.calibration.save(args.out)
-    _say(f"wrote {args.out}")
+    say(f"wrote {args.out}")
     if args.report:
         from gnuq_serve.calibration.report import write_report
 
         page = write_report(args.report, outcome, labelled, judge=judge)
-        _say(f"wrote {page}; it holds the text of questions and answers")
+        say(f"wrote {page}; it holds the text of questions and answers")
     for line in summary(outcome, judge):
         print(line)
     return 0 if outcome.kept else EXIT_NO_PROMISE
@@ -292,10 +322,10 @@ def summary(outcome: Outcome, judge: str | None = None) -> list[str]:
     return [*lines, " ".join([*parts, outcome.verdict.sentence])]
 
 
-def _say_left_out(labelled: Labelled, total: int) -> None:
-    _say(f"{len(labelled.rows)} of {total} questions gave a scored and labelled answer")
+def say_left_out(labelled: Labelled) -> None:
+    """Tell why rows are missing."""
     for reason, count in sorted(labelled.left_out.items(), key=lambda item: -item[1])[:5]:
-        _say(f"  {count} left out ({reason[:200]})")
+        say(f"  {count} left out ({reason[:200]})")
 
 
 def _progress(what: str, done: int, total: int) -> Callable[[], None]:
@@ -311,5 +341,6 @@ def _progress(what: str, done: int, total: int) -> Callable[[], None]:
     return step
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """A line for people, on standard error."""
     print(text, file=sys.stderr, flush=True)

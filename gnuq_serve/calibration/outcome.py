@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gnuq_serve.calibration.arrays import FloatArray, IntArray
+from gnuq_serve.calibration.arrays import BoolArray, FloatArray, IntArray
 from gnuq_serve.calibration.artefact import Calibration, Data
 from gnuq_serve.calibration.counts import learned_first_count
 from gnuq_serve.calibration.fit import Fit, fit, probabilities
@@ -16,6 +16,8 @@ from gnuq_serve.calibration.metrics import Quality, quality
 from gnuq_serve.calibration.rows import Row
 from gnuq_serve.calibration.signals import SignalQuality, Verdict, compare_signals
 from gnuq_serve.calibration.table import (
+    FEWEST_ROWS,
+    Table,
     bound_fingerprint,
     numbered,
     seen_range,
@@ -110,8 +112,7 @@ def calibrate(
     say = progress or (lambda _: None)
     table = tabulate(rows)
     bound = bound_fingerprint([rows[index].uncertainty for index in table.index], fingerprint or {})
-    outside = split(table.groups, units_held_out(table.groups, held_out, max_error, confidence), seed)
-    inside = ~outside
+    outside, inside = _parts(rows, table, held_out, max_error, confidence, seed)
     say(f"fitting on {int(inside.sum())} rows, {int(outside.sum())} held out")
     inner_groups = numbered(table.groups[inside])
     fitted = fit(table.values[inside], table.names, table.correct[inside], inner_groups, seed=seed)
@@ -166,14 +167,14 @@ def calibrate(
         confidence=confidence,
         promises=promised.promises,
         band=promised.band,
-        seen=seen_range([rows[index] for index in table.index]),
+        seen=seen_range([rows[index] for index in table.index if not rows[index].fit_only]),
         fingerprint=bound,
         data=Data(
             rows=int(table.index.size),
             fit_rows=int(inside.sum()),
             held_out_rows=int(outside.sum()),
             held_out_units=promised.units,
-            accuracy=float(table.correct.mean()),
+            accuracy=float(table.correct[~_fit_only(rows, table)].mean()),
             auroc=measured.auroc.value,
             ece=measured.ece,
             brier_skill=measured.brier_skill,
@@ -191,6 +192,29 @@ def calibrate(
         held_out=held,
         notes=(*table.notes, *fitted.notes),
     )
+
+
+def _fit_only(rows: Sequence[Row], table: Table) -> BoolArray:
+    return np.array([rows[index].fit_only for index in table.index.tolist()], dtype=np.bool_)
+
+
+def _parts(
+    rows: Sequence[Row],
+    table: Table,
+    share: float | None,
+    max_error: Sequence[float],
+    confidence: float,
+    seed: int,
+) -> tuple[BoolArray, BoolArray]:
+    """Which rows are held out, and which the fit sees; a fit-only row of a held-out group is neither."""
+    drawn = ~_fit_only(rows, table)
+    groups = numbered(table.groups[drawn])
+    count = int(groups.max()) + 1 if groups.size else 0
+    if count < FEWEST_ROWS:
+        raise ValueError(f"{count} independent rows to test a promise on; at least {FEWEST_ROWS} are needed")
+    outside = np.zeros(drawn.size, dtype=np.bool_)
+    outside[drawn] = split(groups, units_held_out(groups, share, max_error, confidence), seed)
+    return outside, ~np.isin(table.groups, table.groups[outside])
 
 
 def _sample(scores: FloatArray) -> tuple[float, ...]:

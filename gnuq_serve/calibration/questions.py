@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,13 +88,34 @@ def read_questions(
         DataError: no such file, no rows, or a row that can't be used.
     """
     path = Path(path)
+    questions = questions_of(
+        read_rows(path),
+        group=group,
+        seed=seed,
+        system=system,
+        choice_prompt=choice_prompt,
+        show_choices=show_choices,
+    )
+    if not questions:
+        raise DataError(f"{path}: no rows")
+    return questions
+
+
+def questions_of(
+    rows: Iterable[Record],
+    *,
+    group: str | None = None,
+    seed: int = 0,
+    system: str | None = None,
+    choice_prompt: str = CHOICE_PROMPT,
+    show_choices: bool = True,
+) -> list[Question]:
+    """One question for each row; arguments and errors as of `read_questions`."""
     questions = []
-    for row in read_rows(path):
+    for row in rows:
         if group is not None and group not in row.row:
             row.fail(group, f"is missing; --group names it; columns here: {', '.join(row.row)}")
         questions.append(_question(row, group, seed, system, choice_prompt, show_choices))
-    if not questions:
-        raise DataError(f"{path}: no rows")
     return questions
 
 

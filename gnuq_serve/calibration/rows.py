@@ -19,6 +19,8 @@ class Row:
         prompt_tokens: length of the prompt in tokens.
         turns: messages of the user in the prompt.
         finish_reason: why the answer ended (``stop``, ``length``).
+        fit_only: it may be fitted on, and says nothing about the promise: it was not drawn like the questions
+            that this is about (rows of an earlier calibration, say).
         key: names the row where results point back to it (line number, question id); no text of the question.
     """
 
@@ -29,3 +31,4 @@ class Row:
     turns: int | None = None
     finish_reason: str | None = None
     key: str | None = None
+    fit_only: bool = False

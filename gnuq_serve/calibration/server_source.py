@@ -135,6 +135,11 @@ class ServerSource:
                 f"answers of {self._url} carry no `uncertainty`: start it with `gnuq-serve serve`, and with "
                 "scoring on"
             )
+        if score.get("withheld"):
+            raise AnswerError(
+                f"{self._url} holds answers back, and shows none of them: calibrate with on_uncertain: pass and "
+                "on_failure: open"
+            )
         return Answer(
             key=question.key,
             text=choice.message.content or "",

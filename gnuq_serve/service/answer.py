@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 # (answer ids, what the request hands to the chat template) -> how many of the ids are thinking, its end marker
 # included; None where that can't be told.
@@ -27,6 +28,19 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class AnswerText:
+    """Question and answer as text, for the log of scores where the operator wants them there.
+
+    Attributes:
+        question: the prompt, or the messages of a chat.
+        answer: what the model wrote, thinking left out.
+    """
+
+    question: str | Sequence[Mapping[str, Any]]
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """One choice of a response, as token ids.
 
@@ -38,6 +52,9 @@ class Answer:
         grammar: a grammar forced some of its tokens.
         thinking: how many of ``answer_ids`` are thinking.
         warnings: what the reader of the score should know.
+        finish_reason: why it ended, as vLLM says; None: not known.
+        text: in words; None unless it is wanted, and where the prompt is no text.
+        adapter: where the LoRA adapter is that wrote it; None: the base model did.
     """
 
     prompt_ids: Sequence[int]
@@ -47,6 +64,9 @@ class Answer:
     grammar: bool = False
     thinking: int = 0
     warnings: tuple[str, ...] = ()
+    finish_reason: str | None = None
+    text: AnswerText | None = None
+    adapter: str | None = None
 
     @property
     def answer_span(self) -> Span | None:

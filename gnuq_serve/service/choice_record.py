@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gnuq_serve.service.answer import Answer, ThinkingLength
+from gnuq_serve.service.answer import Answer, AnswerText, ThinkingLength
 from gnuq_serve.service.request_plan import RequestPlan
 
 _LOST_BOUNDARY = "where the thinking ends was not found: thinking and answer are scored as one"
@@ -21,6 +21,9 @@ class ChoiceRecord:
         self._logprobs: list[float] | None = [] if plan.comparable else None
         self._has_reasoning = False
         self._has_content = False
+        self._finish_reason: str | None = None
+        self._index = 0
+        self._text: list[str] = []
         self.tool_call = False
 
     def add_prompt(self, holder: Mapping[str, Any]) -> None:
@@ -33,6 +36,10 @@ class ChoiceRecord:
         self.add_prompt(choice)
         message = choice.get("message") or choice.get("delta") or {}
         self.tool_call |= bool(message.get("tool_calls"))
+        self._index = choice.get("index") or 0
+        if self._plan.keep_text and isinstance(text := message.get("content") or choice.get("text"), str):
+            self._text.append(text)
+        self._finish_reason = choice.get("finish_reason") or self._finish_reason
         ids = choice.get("token_ids")
         if ids is None:  # not asked for; the role; the start of an assistant message that is continued
             return
@@ -60,7 +67,14 @@ class ChoiceRecord:
             grammar=self._plan.grammar,
             thinking=thinking or 0,
             warnings=(_LOST_BOUNDARY,) if thinking is None else (),
+            finish_reason=self._finish_reason,
+            text=self._words(),
+            adapter=self._plan.adapter,
         )
+
+    def _words(self) -> AnswerText | None:
+        question = self._plan.question_of(self._index) if self._plan.keep_text else None
+        return None if question is None else AnswerText(question, "".join(self._text))
 
     def _thinking(self, answer_ids: list[int], thinking_length: ThinkingLength | None) -> int | None:
         if not self._has_reasoning:

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gnuq_serve.service.answer import Answer
+from gnuq_serve.service.answer import Answer, AnswerText
 from gnuq_serve.service.request_plan import InvalidRequestError, RequestOptions, read_options
 
 # A body of vLLM's /tokenize -> token ids; raises TokenizeError.
@@ -69,6 +69,14 @@ class GivenAnswer:
         if options is None:
             raise InvalidRequestError("uncertainty: false leaves nothing to do here")
         return cls(body, options, model)
+
+    @property
+    def text(self) -> AnswerText | None:
+        """Question and answer in words; None where the client gave token ids."""
+        body = self.body
+        if "answer" not in body:
+            return None
+        return AnswerText(body.get("prompt") or body["messages"], body["answer"])
 
     async def answer(self, tokenize: Tokenize, end_of_turn_ids: Sequence[int]) -> Answer:
         """The token ids to score.

@@ -7,6 +7,10 @@ from typing import Any, Literal
 import msgspec
 
 from gnuq_serve.score_options import ScoreOptions
+from gnuq_serve.uncertainty import Mode
+
+OnOverload = Literal["skip", "wait"]
+ScorerStatus = Literal["starting", "ready", "restarting", "failed", "stopped"]
 
 
 class ScorerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -18,17 +22,22 @@ class ScorerConfig(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str = "auto"
     device: str = "auto"
     threads: int = 1
+    mode: Mode = "exact"  # for the warm-up
     max_batch_tokens: int = 2048
     memory_budget: str | None = None
+    gpu_memory_fraction: float | None = None
     revision: str | None = None
     trust_remote_code: bool = False
     config_overrides: dict[str, Any] = {}
+    max_adapters: int = 8
+    max_queue: int = 256
+    on_overload: OnOverload = "skip"
 
 
 class ScorerState(msgspec.Struct, frozen=True, kw_only=True):
     """How the scorer process is; it prints one such line when it is ready, or when it can't be."""
 
-    status: Literal["starting", "ready", "restarting", "failed", "stopped"]
+    status: ScorerStatus
     reason: str | None = None
     model: str | None = None
     dtype: str | None = None
@@ -44,6 +53,7 @@ class ScoreRequest(msgspec.Struct, frozen=True, tag="score"):
     answer_ids: list[int]
     deadline: float
     options: ScoreOptions = ScoreOptions()
+    adapter: str | None = None  # where the LoRA adapter is that gave the answer
 
 
 class CancelRequest(msgspec.Struct, frozen=True, tag="cancel"):
@@ -52,8 +62,51 @@ class CancelRequest(msgspec.Struct, frozen=True, tag="cancel"):
     id: int
 
 
-class ScoreReply(msgspec.Struct, frozen=True):
-    """The uncertainty of one answer, in JSON form."""
+class Ping(msgspec.Struct, frozen=True, tag="ping"):
+    """Are you alive? Also says whether requests wait in the engine, to which the scorer is to yield."""
+
+    engine_waits: bool = False
+
+
+Request = ScoreRequest | CancelRequest | Ping
+
+
+class ScoreReply(msgspec.Struct, frozen=True, tag="result"):
+    """The uncertainty of one answer, in JSON form, and how many answers were in its batch.
+
+    The first reply of a batch also says for how many seconds it was scored; the others, 0.
+    """
 
     id: int
     result: dict[str, Any]
+    batch: int = 1
+    batch_seconds: float = 0.0
+
+
+class Started(msgspec.Struct, frozen=True, tag="started"):
+    """These answers make the batch that is being scored now."""
+
+    ids: list[int]
+
+
+class QueueFull(msgspec.Struct, frozen=True, tag="full"):
+    """This answer found no place in the queue."""
+
+    id: int
+
+
+class Pong(msgspec.Struct, frozen=True, tag="pong"):
+    """I am alive.
+
+    Attributes:
+        waiting: answers in the queue.
+        batch_seconds: how long the batch in hand has been going; None between two.
+        yielding: answers wait because requests wait in the engine.
+    """
+
+    waiting: int = 0
+    batch_seconds: float | None = None
+    yielding: bool = False
+
+
+Reply = ScoreReply | Started | QueueFull | Pong

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,10 +11,15 @@ from pydantic import TypeAdapter, ValidationError
 from gnuq_serve.uncertainty import Mode
 
 Route = Literal["chat", "completion"]
+# Name of a LoRA adapter -> where it is; None where the scorer can't load it.
+AdapterPath = Callable[[str], "str | None"]
+
+ADAPTER_NOT_LOADED = "adapter not loaded: the scorer has the base model only"
 
 ROUTES: dict[str, Route] = {"/v1/chat/completions": "chat", "/v1/completions": "completion"}
 
 _FIELD = "uncertainty"
+_CALIBRATION = "calibration"
 _MEDIA_PARTS = (
     "image_url",
     "image_embeds",
@@ -34,6 +39,11 @@ _OPTIONS: dict[str, tuple[Any, ...]] = {
 }
 
 
+def nowhere(_name: str) -> str | None:
+    """The scorer can load no adapter."""
+    return None
+
+
 class InvalidRequestError(ValueError):
     """The request's ``uncertainty`` field is wrong; the message says how and what is right."""
 
@@ -48,6 +58,7 @@ class RequestOptions:
         mode: ``exact`` or ``answer_only``; None: the operator's.
         trace: each answer token by itself too.
         semantic: SemGrad and its relatives too.
+        calibration: which of the operator's makes the decision; None: the one of the API key, or the default.
     """
 
     wait: bool = True
@@ -55,6 +66,7 @@ class RequestOptions:
     mode: Mode | None = None
     trace: bool = False
     semantic: bool = False
+    calibration: str | None = None
 
 
 DEFAULT_OPTIONS = RequestOptions()
@@ -80,6 +92,8 @@ class RequestPlan:
             ``choices_per_prompt`` choices; empty: nothing to put back.
         choices_per_prompt: the request's ``n``.
         template_options: what the request hands to the chat template; some reasoning parsers read it.
+        keep_text: question and answer are wanted as text, for the operator's log.
+        adapter: where the LoRA adapter is that answers; None: the base model does.
     """
 
     route: Route
@@ -96,6 +110,16 @@ class RequestPlan:
     echoed: tuple[str, ...] = ()
     choices_per_prompt: int = 1
     template_options: Mapping[str, Any] = field(default_factory=dict)
+    keep_text: bool = False
+    adapter: str | None = None
+
+    def question_of(self, index: int) -> str | Sequence[Mapping[str, Any]] | None:
+        """What a choice answers; None where it is no text."""
+        if self.route == "chat":
+            messages = self.body.get("messages")
+            return messages if isinstance(messages, list) else None
+        prompt, prompts = index // self.choices_per_prompt, _texts(self.body.get("prompt"))
+        return prompts[prompt] if prompt < len(prompts) else None
 
     def echo_of(self, index: int) -> str:
         """The prompt that belongs in front of a choice's text."""
@@ -104,7 +128,15 @@ class RequestPlan:
 
 
 def plan_request(
-    route: Route, request: Mapping[str, Any], adapters: Collection[str] = (), *, parses: bool | None = True
+    route: Route,
+    request: Mapping[str, Any],
+    adapters: Container[str] = (),
+    *,
+    parses: bool | None = True,
+    not_now: str | None = None,
+    keep_text: bool = False,
+    by_default: bool = True,
+    adapter_path: AdapterPath = nowhere,
 ) -> RequestPlan:
     """Read our field off the request and ask vLLM for token ids and logprobs.
 
@@ -113,18 +145,28 @@ def plan_request(
         request: the request's JSON object.
         adapters: names of LoRA adapters that the server knows.
         parses: the server takes answers apart with a tool or reasoning parser; None: not known.
+        not_now: why the operator wants no score of this request; None: it may be scored.
+        keep_text: the operator's log takes question and answer as text.
+        by_default: a request without our field wants a score.
+        adapter_path: where an adapter is; None where the scorer can't load it.
 
     Raises:
         InvalidRequestError: the field ``uncertainty`` is neither a boolean nor an object of known options.
     """
     body = {name: value for name, value in request.items() if name != _FIELD}
-    options = read_options(request.get(_FIELD))
+    asked = request.get(_FIELD)
+    options = read_options(asked) if asked is not None or by_default else None
     if options is None:
         return RequestPlan(route, body, unscored="off")
     grammar = _grammar_forces_tokens(request)
     hides = route == "chat" and parses is not False and not _flag(request, "include_reasoning", default=True)
     echo = route == "completion" and _flag(request, "echo")
-    reason = _skip_reason(route, request, adapters, hides=hides, grammar=grammar, parses=parses, echo=echo)
+    model = request.get("model")
+    adapter = adapter_path(model) if isinstance(model, str) and model in adapters else None
+    without_adapter = adapters if adapter is None else ()
+    reason = not_now or _skip_reason(
+        route, request, without_adapter, hides=hides, grammar=grammar, parses=parses, echo=echo
+    )
     if reason is not None:
         return RequestPlan(route, body, skip=reason, options=options, keep_token_ids=True, keep_logprobs=True)
     logprobs = request.get("logprobs")
@@ -151,6 +193,8 @@ def plan_request(
         echoed=_texts(request.get("prompt")) if echo and not keep_token_ids else (),
         choices_per_prompt=_whole_number(request.get("n")) or 1,
         template_options=template_options if isinstance(template_options, Mapping) else {},
+        keep_text=keep_text,
+        adapter=adapter,
     )
 
 
@@ -165,9 +209,14 @@ def read_options(value: Any) -> RequestOptions | None:
     if not isinstance(value, Mapping):
         raise InvalidRequestError(f"uncertainty must be true, false or an object of options, not {value!r:.80}")
     for option, chosen in value.items():
+        if option == _CALIBRATION:
+            if not isinstance(chosen, str | None):
+                raise InvalidRequestError(f"uncertainty.{option} must be a name, not {chosen!r:.80}")
+            continue
         allowed = _OPTIONS.get(option)
         if allowed is None:
-            raise InvalidRequestError(f"uncertainty.{option} is unknown; options: {', '.join(_OPTIONS)}")
+            known = ", ".join([*_OPTIONS, _CALIBRATION])
+            raise InvalidRequestError(f"uncertainty.{option} is unknown; options: {known}")
         if not any(chosen is one or (isinstance(one, str) and chosen == one) for one in allowed):
             right = " or ".join(repr(one) for one in allowed if one is not None)
             raise InvalidRequestError(f"uncertainty.{option}={chosen!r:.80} is not supported; use {right}")
@@ -177,7 +226,7 @@ def read_options(value: Any) -> RequestOptions | None:
 def _skip_reason(
     route: Route,
     request: Mapping[str, Any],
-    adapters: Collection[str],
+    adapters: Container[str],
     *,
     hides: bool,
     grammar: bool,
@@ -185,7 +234,7 @@ def _skip_reason(
     echo: bool,
 ) -> str | None:
     if isinstance(model := request.get("model"), str) and model in adapters:
-        return "adapter not loaded: the scorer has the base model only"
+        return ADAPTER_NOT_LOADED
     if request.get("prompt_embeds"):
         return "prompt_embeds have no token ids"
     if route == "chat" and _has_media(request.get("messages")):

@@ -6,22 +6,19 @@ It holds numbers, reasons and warnings; never a prompt or an answer.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import json
-import os
 import sqlite3
-import stat
-import tempfile
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gnuq_serve.service.private_folder import PrivateFolderError, private_folder
+from gnuq_serve.service.sqlite_file import SQLiteFile
+
 _T = TypeVar("_T")
 
-_BUSY_SECONDS = 5.0  # another API server process writes; each of its writes takes less than a millisecond
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS results (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -54,8 +51,8 @@ class ResultStore:
         """
         self.path = path
         self._keep, self._keep_seconds, self._clock = keep, keep_seconds, clock
-        self._thread = ThreadPoolExecutor(1, "gnuq-results")
-        self._connection: sqlite3.Connection | None = None
+        # Losing the last results with the machine is no loss; waiting for its disk would be one.
+        self._file = SQLiteFile(path, _SCHEMA, thread_name="gnuq-results", durable=False)
 
     async def put(self, result: Mapping[str, Any], *, pending_seconds: float | None = None) -> None:
         """Keep a result under its ``id``; an earlier one of that id is replaced.
@@ -80,32 +77,13 @@ class ResultStore:
 
     def close(self) -> None:
         """Close the file once all writes are done; a second time is nothing."""
-        with contextlib.suppress(RuntimeError):
-            self._thread.submit(self._close)
-        self._thread.shutdown()
+        self._file.close()
 
     async def _run(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: work(self._open()))
+            return await asyncio.wrap_future(self._file.submit(work))
         except (sqlite3.Error, OSError, RuntimeError) as error:  # RuntimeError: closed already
             raise ResultStoreError(f"results_path={self.path} can't be used: {error}") from error
-
-    def _open(self) -> sqlite3.Connection:
-        if self._connection is None:
-            with contextlib.suppress(FileExistsError):
-                os.close(os.open(self.path, os.O_CREAT | os.O_EXCL, 0o600))
-            connection = sqlite3.connect(self.path, timeout=_BUSY_SECONDS, isolation_level=None)
-            # Losing the last results with the machine is no loss; waiting for its disk would be one.
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=OFF")
-            connection.executescript(_SCHEMA)
-            self._connection = connection
-        return self._connection
-
-    def _close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
 
     def _put(
         self, connection: sqlite3.Connection, result_id: str, body: str, pending_seconds: float | None
@@ -153,9 +131,8 @@ def default_path(server: str) -> Path:
     Raises:
         ResultStoreError: the folder is somebody else's.
     """
-    folder = Path(tempfile.gettempdir()) / f"gnuq-serve-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise ResultStoreError(f"{folder} is no folder of this user alone: name another file in results_path")
+    try:
+        folder = private_folder()
+    except PrivateFolderError as error:
+        raise ResultStoreError(f"{error}: name another file in results_path") from error
     return folder / f"results-{hashlib.sha256(server.encode()).hexdigest()[:16]}.sqlite"

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from http import HTTPStatus
 
 import msgspec
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from gnuq_serve.service import metrics
 from gnuq_serve.service.given_answer import GivenAnswer
 from gnuq_serve.service.hang_up import ClientGoneError, unless_gone
-from gnuq_serve.service.middleware import bad_request
-from gnuq_serve.service.request_plan import InvalidRequestError
+from gnuq_serve.service.http_messages import bad_request
+from gnuq_serve.service.observation import RequestContext
+from gnuq_serve.service.operator_routes import error_response, operator_routes, unknown_id
+from gnuq_serve.service.request_body import BodyTooLargeError, read_body
+from gnuq_serve.service.request_plan import ADAPTER_NOT_LOADED, InvalidRequestError
 from gnuq_serve.service.result_store import ResultStoreError
 from gnuq_serve.service.service import UncertaintyService
 from gnuq_serve.service.tokenize import tokenize_in
@@ -35,7 +38,14 @@ def routes(service: UncertaintyService) -> list[Route]:
 
     async def health(_request: Request) -> JSONResponse:
         state = service.state
-        return JSONResponse(msgspec.to_builtins(state), status_code=200 if state.status == "ready" else 503)
+        load = service.load
+        body = {
+            **msgspec.to_builtins(state),
+            "scoring": service.rollout.control.state.scoring,
+            "waiting": load.waiting,
+            "yielding": load.yielding,
+        }
+        return JSONResponse(body, status_code=200 if state.status == "ready" else 503)
 
     async def result(request: Request) -> JSONResponse:
         result_id = request.path_params["id"]
@@ -43,46 +53,52 @@ def routes(service: UncertaintyService) -> list[Route]:
             found = await service.result(result_id)
         except ResultStoreError as error:
             logger.error("%s", error)
-            return _error("results can't be read: see the server's log", HTTPStatus.SERVICE_UNAVAILABLE)
+            return error_response("results can't be read: see the server's log", HTTPStatus.SERVICE_UNAVAILABLE)
         if found is None:
-            return _error(f"no result with the id {result_id:.80}: unknown or forgotten", HTTPStatus.NOT_FOUND)
+            return unknown_id(result_id)
         return JSONResponse(found, status_code=202 if found["status"] == "pending" else 200)
 
     async def score(request: Request) -> Response:
         try:
-            given = GivenAnswer.read(json.loads(await request.body()))
-        except ClientDisconnect:
-            return Response()
+            body = await read_body(request.scope, request.receive, service.settings.max_body_bytes)
+            if body is None:  # the client hung up
+                return Response()
+            given = GivenAnswer.read(json.loads(body))
+            service.decisions.check_name(given.options.calibration)
+        except BodyTooLargeError as error:
+            return error.response()
         except InvalidRequestError as error:
             return bad_request(str(error), "body")
-        except ValueError:
+        except (ValueError, RecursionError):
             return bad_request("the body is no JSON", "body")
         try:
-            found = await unless_gone(request.receive, _score(service, given, request.app))
+            found = await unless_gone(request.receive, _score(service, given, request))
         except ClientGoneError:
             return Response()
         except InvalidRequestError as error:
             return bad_request(str(error), "body")
-        metrics.ANSWERS.labels(_ROUTE, found["status"]).inc()
         return JSONResponse(found, status_code=202 if found["status"] == "pending" else 200)
 
     return [
+        *operator_routes(service),
         Route("/v1/uncertainty/health", health, methods=["GET"]),
         Route("/v1/uncertainty/{id}", result, methods=["GET"]),
         Route("/v1/uncertainty", score, methods=["POST"]),
     ]
 
 
-async def _score(service: UncertaintyService, given: GivenAnswer, app: object) -> dict[str, object]:
+async def _score(service: UncertaintyService, given: GivenAnswer, request: Request) -> dict[str, object]:
+    context = RequestContext.of(_ROUTE, request.scope["headers"], given.body)
+    adapter = None
     if given.model is not None and given.model in service.server.adapters():
-        (skipped,) = service.skip(1, "adapter not loaded: the scorer has the base model only")
-        return skipped
+        adapter = service.server.adapter_path(given.model)
+        if adapter is None:
+            (skipped,) = service.skip(1, ADAPTER_NOT_LOADED, given.options, context)
+            return skipped
     end_of_turn_ids = service.served.end_of_turn_ids if service.served is not None else ()
-    answer = await given.answer(tokenize_in(app, given.model), end_of_turn_ids)  # type: ignore[arg-type]
-    (found,) = await service.score([answer], given.options)
+    answer = await given.answer(
+        tokenize_in(request.app, given.model, request.headers.get("authorization")), end_of_turn_ids
+    )
+    answer = dataclasses.replace(answer, adapter=adapter, text=given.text if service.settings.log_text else None)
+    (found,) = await service.score([answer], given.options, context)
     return found
-
-
-def _error(message: str, status: HTTPStatus) -> JSONResponse:
-    error = {"message": message, "type": status.phrase.replace(" ", ""), "param": None, "code": status.value}
-    return JSONResponse({"error": error}, status_code=status.value)

@@ -1,12 +1,11 @@
 """The scorer process: loads the model, then scores what arrives on its socket.
 
-Run by ``ScorerClient``, never by hand. It listens on a Unix socket only, and ends when its standard input
+Run by ``ScorerChild``, never by hand. It listens on a Unix socket only, and ends when its standard input
 closes, that is, when the server that started it is gone.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import os
@@ -14,17 +13,20 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import IO
+from typing import IO, NoReturn
 
 import msgspec
 import setproctitle
 import torch
-import zmq
 
+from gnuq_serve.adapters import AdapterError, AdapterScorers
 from gnuq_serve.errors import first_line
 from gnuq_serve.scorer import Sample, Scorer
-from gnuq_serve.service.messages import CancelRequest, ScorerConfig, ScoreReply, ScoreRequest, ScorerState
-from gnuq_serve.service.score_queue import Entry, ScoreQueue
+from gnuq_serve.service.freed_memory import give_back
+from gnuq_serve.service.messages import ScorerConfig, ScorerState
+from gnuq_serve.service.score_queue import Entry
+from gnuq_serve.service.scorer_desk import Desk
+from gnuq_serve.service.scorer_folder import ScorerFolder
 from gnuq_serve.uncertainty import Uncertainty
 from gnuq_serve.weights.checkpoint import check_same_vocabulary
 
@@ -37,15 +39,18 @@ def main() -> int:
     # Libraries print to standard output; only our reports may go to the server.
     reports = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    config = msgspec.json.decode(sys.stdin.buffer.readline(), type=ScorerConfig)
-    threading.Thread(target=_end_with_parent, args=(config.endpoint,), daemon=True).start()
+    folder = Path(sys.argv[1])
+    line = sys.stdin.buffer.readline()
+    if not line:
+        _end(folder)
+    config = msgspec.json.decode(line, type=ScorerConfig)
+    threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
     torch.set_num_threads(config.threads)
     try:
         scorer = _load(config)
-        scorer.score([Sample([0], [0])])  # warm-up: the first user does not pay for lazy initialisation
-        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
-        socket.sndhwm = socket.rcvhwm = 0  # the deadline bounds the queue; beyond a mark replies would be dropped
-        socket.bind(config.endpoint)
+        # Warm-up: the first user does not pay for lazy initialisation, and for measuring what a pass takes.
+        scorer.score([Sample([0, 0], [0])], mode=config.mode)
+        desk = Desk(config)
     except Exception as error:  # whatever it is, the server must hear of it
         _report(reports, ScorerState(status="failed", reason=first_line(error)))
         return 1
@@ -59,11 +64,20 @@ def main() -> int:
             fingerprint=scorer.fingerprint,
         ),
     )
-    _serve(scorer, socket, config.max_batch_tokens)
+    adapters = AdapterScorers(
+        scorer,
+        keep=config.max_adapters,
+        max_batch_tokens=config.max_batch_tokens,
+        memory_budget=config.memory_budget,
+    )
+    _serve(adapters, desk)
     return 0
 
 
 def _load(config: ScorerConfig) -> Scorer:
+    if config.gpu_memory_fraction is not None:
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.set_per_process_memory_fraction(config.gpu_memory_fraction, device)
     if config.model != config.served_model:
         check_same_vocabulary(config.model, config.served_model, trust_remote_code=config.trust_remote_code)
     return Scorer.from_pretrained(
@@ -78,29 +92,17 @@ def _load(config: ScorerConfig) -> Scorer:
     )
 
 
-def _serve(scorer: Scorer, socket: zmq.Socket[bytes], max_batch_tokens: int) -> None:
-    """Score batch after batch; what came meanwhile is looked at between two of them."""
-    queue: ScoreQueue[bytes] = ScoreQueue(max_batch_tokens)
+def _serve(scorers: AdapterScorers, desk: Desk) -> None:
+    """Score batch after batch."""
     while True:
-        _receive(socket, queue)
-        batch = queue.next_batch(time.monotonic())
-        for entry, result in zip(batch, _score(scorer, batch), strict=True):
-            reply = ScoreReply(entry.request.id, result.to_dict())
-            socket.send_multipart([entry.sender, msgspec.msgpack.encode(reply)])
-
-
-def _receive(socket: zmq.Socket[bytes], queue: ScoreQueue[bytes]) -> None:
-    """Take in all that has come; waits where there is nothing to do."""
-    while True:
+        batch = desk.next_batch()
         try:
-            sender, payload = socket.recv_multipart(zmq.DONTWAIT if queue else 0)
-        except zmq.Again:
-            return
-        request = msgspec.msgpack.decode(payload, type=ScoreRequest | CancelRequest)
-        if isinstance(request, CancelRequest):
-            queue.cancel(sender, request.id)
-        else:
-            queue.add(sender, request)
+            results = _score(scorers.of(batch[0].request.adapter), batch)  # the same for the whole batch
+        except AdapterError as error:
+            results = [Uncertainty.skipped(f"adapter not loaded: {error}")] * len(batch)
+        desk.reply(batch, [result.to_dict() for result in results])
+        if desk.idle:
+            give_back()
 
 
 def _score(scorer: Scorer, batch: list[Entry[bytes]]) -> list[Uncertainty]:
@@ -122,16 +124,20 @@ def _report(reports: IO[bytes], state: ScorerState) -> None:
     reports.flush()
 
 
-def _end_with_parent(endpoint: str) -> None:
+def _end_with_parent(folder: Path) -> None:
     # Not by sys.stdin: its lock, held by a daemon thread, makes the interpreter abort at exit.
     while os.read(0, 1024):
         pass
-    folder = Path(endpoint.removeprefix("ipc://")).parent
-    with contextlib.suppress(OSError):
-        for path in folder.glob("scorer-*.sock"):
-            path.unlink()
-        folder.rmdir()
-    os._exit(0)  # a pass in progress has nobody to answer to
+    _end(folder)
+
+
+def _end(folder: Path) -> NoReturn:
+    """End at once, a pass in progress has nobody to answer to; clean up if nobody of the server is left to."""
+    for _ in range(20):  # the kernel may not have given back the parent's lock yet
+        if ScorerFolder(folder).remove():
+            break
+        time.sleep(0.02)
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -6,20 +6,29 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from pydantic import ValidationError
 
+from gnuq_serve.calibration import Calibration
 from gnuq_serve.score_options import ScoreOptions
+from gnuq_serve.service import metrics
 from gnuq_serve.service.answer import Answer, Span, ThinkingLength
 from gnuq_serve.service.consistency import check_log_probability
-from gnuq_serve.service.messages import ScorerConfig, ScorerState
-from gnuq_serve.service.request_plan import DEFAULT_OPTIONS, RequestOptions
+from gnuq_serve.service.decisions import Answered, Decisions
+from gnuq_serve.service.engine_load import EngineLoad
+from gnuq_serve.service.logs import answer_observer
+from gnuq_serve.service.messages import Pong, ScorerConfig, ScorerState
+from gnuq_serve.service.observation import NO_CONTEXT, Observation, Observers, RequestContext
+from gnuq_serve.service.request_plan import DEFAULT_OPTIONS, AdapterPath, RequestOptions, nowhere
 from gnuq_serve.service.result_store import ResultStore, ResultStoreError, default_path
+from gnuq_serve.service.rollout import RELOADABLE, Rollout
 from gnuq_serve.service.scorer_client import DeadlineError, QueueFullError, ScorerClient, ScorerUnavailableError
-from gnuq_serve.service.settings import Settings
+from gnuq_serve.service.scorer_limits import ScorerLimits
+from gnuq_serve.service.settings import Settings, SettingsError, load_settings
 from gnuq_serve.uncertainty import Uncertainty
 
 logger = logging.getLogger(__name__)
@@ -53,26 +62,48 @@ class Server(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         name: what tells this server from others of the machine; the same in all its processes.
         adapters: names of the LoRA adapters that it knows.
+        adapter_path: where one of them is, for the scorer to load.
         parses: whether it takes answers apart with a tool or reasoning parser; None: not known.
+        sampling_defaults: how it draws answers where a request does not say; None: not known.
         thinking_length: finds the end of the thinking in an answer; None: there is no reasoning parser.
+        engine_load: requests that wait in the engine; None: unknown, and the scorer can't yield to it.
     """
 
     name: str = "default"
-    adapters: Callable[[], Collection[str]] = tuple
+    adapters: Callable[[], Container[str]] = tuple
+    adapter_path: AdapterPath = nowhere
     parses: Callable[[], bool | None] = lambda: True
+    sampling_defaults: Callable[[], Mapping[str, Any] | None] = lambda: None
     thinking_length: ThinkingLength | None = None
+    engine_load: EngineLoad | None = None
 
 
 class UncertaintyService:
     """Scores answers in the scorer process; never raises and never takes longer than the deadline."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, reread: Callable[[], Settings] = load_settings) -> None:
+        """Nothing is started yet.
+
+        Args:
+            settings: the operator's.
+            reread: reads them again, where the operator asks for it.
+
+        Raises:
+            SettingsError: a calibration or a policy can't be used.
+        """
         self.settings = settings
         self.server = Server()
         self.served: ServedModel | None = None
+        self.observers = Observers()
+        self.observers.append(metrics.observe)
+        self.observers.append(answer_observer(logging.getLevelName(settings.log_answers.upper())))
+        self.decisions = Decisions.load(settings)
+        self.rollout = Rollout(settings, lambda: self.decisions, self._reload)
+        self._reread = reread
         self._client: ScorerClient | None = None
         self._store: ResultStore | None = None
         self._background: set[asyncio.Task[Any]] = set()
+        self._unfit: set[str] = set()  # ids of calibrations for other weights
 
     def start(self, served: ServedModel, server: Server | None = None) -> None:
         """Start the scorer process for the model that the server has loaded.
@@ -85,7 +116,12 @@ class UncertaintyService:
         scored = served.or_instead(settings.scorer_model)
         self.served = served
         self.server = server or self.server
+        if settings.scorer_adapters == 0:
+            self.server = msgspec.structs.replace(self.server, adapter_path=nowhere)
         self._store = self._new_store()
+        self.rollout.start(self.server.name, self.observers)
+        if self.rollout.audits is not None:
+            self._in_background(self.rollout.audits.show())
         self._client = ScorerClient(
             ScorerConfig(
                 model=scored.model,
@@ -93,15 +129,27 @@ class UncertaintyService:
                 dtype=served.dtype if settings.scorer_dtype == "auto" else settings.scorer_dtype,
                 device=settings.scorer_device,
                 threads=settings.scorer_threads,
+                mode=settings.mode,
                 max_batch_tokens=settings.max_batch_tokens,
                 memory_budget=settings.memory_budget,
                 revision=scored.revision,
                 trust_remote_code=scored.trust_remote_code,
                 config_overrides=scored.config_overrides,
+                gpu_memory_fraction=settings.scorer_gpu_memory_fraction,
+                max_adapters=settings.scorer_adapters,
+                max_queue=settings.max_queue,
+                on_overload=settings.on_overload,
             ),
-            max_queue=settings.max_queue,
-            on_overload=settings.on_overload,
+            server=self.server.name,
+            engine_load=self.server.engine_load if settings.yield_to_engine else None,
+            limits=ScorerLimits(
+                start=settings.scorer_start_timeout_seconds,
+                stuck=settings.stuck_scorer_seconds,
+                batch=settings.max_batch_seconds,
+            ),
         )
+        metrics.QUEUE_LIMIT.set(settings.max_queue)
+        metrics.show_scorer_state(self._client.state)
         self._client.start()
 
     async def stop(self) -> None:
@@ -110,6 +158,7 @@ class UncertaintyService:
             await self._client.stop()
         if self._background:
             await asyncio.wait(self._background)
+        self.rollout.stop()
         if self._store is not None:
             self._store.close()
             self._store = None
@@ -119,33 +168,71 @@ class UncertaintyService:
         """How the scorer process is."""
         return ScorerState(status="starting") if self._client is None else self._client.state
 
+    @property
+    def load(self) -> Pong:
+        """What the scorer last said of its work, for all of the server's processes."""
+        return Pong() if self._client is None else self._client.load
+
     async def score(
-        self, answers: Sequence[Answer | None], options: RequestOptions = DEFAULT_OPTIONS
+        self,
+        answers: Sequence[Answer | None],
+        options: RequestOptions = DEFAULT_OPTIONS,
+        context: RequestContext = NO_CONTEXT,
     ) -> list[dict[str, Any]]:
         """One uncertainty for each answer, in JSON form: scored, skipped or failed, with its reason, or pending.
 
         Args:
             answers: what to score; None for an answer without token ids.
             options: what the client asked.
+            context: where the request came from.
         """
+        if (reason := self.rollout.not_now(draw=False)) is not None:
+            return self.skip(len(answers), reason, options, context)
         ids = [_new_id() for _ in answers]
         if options.wait:
             deadline = self.settings.deadline_seconds
             results = await asyncio.gather(
                 *(
-                    self._score_one(answer, options, id_, deadline)
+                    self._score_one(answer, options, id_, deadline, context)
                     for answer, id_ in zip(answers, ids, strict=True)
                 )
             )
             self._keep_soon(results)
             return results
         return await asyncio.gather(
-            *(self._score_later(answer, options, id_) for answer, id_ in zip(answers, ids, strict=True))
+            *(self._score_later(answer, options, id_, context) for answer, id_ in zip(answers, ids, strict=True))
         )
 
-    def skip(self, answers: int, reason: str) -> list[dict[str, Any]]:
+    def _reload(self) -> list[str]:
+        """Read settings and calibrations again; the names of changed settings that want a restart.
+
+        Raises:
+            SettingsError: they can't be used; nothing has changed.
+        """
+        new = self._reread()
+        changed = [name for name in Settings.model_fields if getattr(new, name) != getattr(self.settings, name)]
+        try:
+            settings = Settings.model_validate(
+                {**dict(self.settings), **{n: getattr(new, n) for n in RELOADABLE}}
+            )
+        except ValidationError as error:
+            raise SettingsError(f"these want a restart: {', '.join(set(changed) - set(RELOADABLE))}") from error
+        self.decisions = Decisions.load(settings)
+        self.settings = settings
+        self.rollout.change(settings)
+        return [name for name in changed if name not in RELOADABLE]
+
+    def skip(
+        self,
+        answers: int,
+        reason: str,
+        options: RequestOptions = DEFAULT_OPTIONS,
+        context: RequestContext = NO_CONTEXT,
+    ) -> list[dict[str, Any]]:
         """As many uncertainties without a score, with the reason."""
         results = [Uncertainty.skipped(reason).replace(id=_new_id()).to_dict() for _ in range(answers)]
+        for result in results:
+            self._tell(result, None, options, context)
         self._keep_soon(results)
         return results
 
@@ -160,16 +247,31 @@ class UncertaintyService:
         return await self._store.get(result_id)
 
     async def _score_one(
-        self, answer: Answer | None, options: RequestOptions, result_id: str, deadline_seconds: float
+        self,
+        answer: Answer | None,
+        options: RequestOptions,
+        result_id: str,
+        deadline_seconds: float,
+        context: RequestContext,
     ) -> dict[str, Any]:
         start = time.perf_counter()
         if answer is None:
-            return Uncertainty.skipped("the response carries no token ids").replace(id=result_id).to_dict()
+            result = Uncertainty.skipped("the response carries no token ids").replace(id=result_id).to_dict()
+            self._tell(result, None, options, context)
+            return result
         spans = {"answer": answer.answer_span}
         if options.thinking:
             spans["thinking"] = answer.thinking_span
+        semantic = self.decisions.needs_semantic(
+            self.decisions.name_for(options.calibration, context.api_key_hash)
+        )
         scores = await asyncio.gather(
-            *(self._score_span(span, options, deadline_seconds) for span in spans.values())
+            *(
+                self._score_span(
+                    span, options, deadline_seconds, answer.adapter, semantic=semantic and name == "answer"
+                )
+                for name, span in spans.items()
+            )
         )
         by_name = {
             name: score.replace(span=name if score.span else None)
@@ -177,17 +279,77 @@ class UncertaintyService:
         }
         warnings = answer.warnings + ((GRAMMAR_WARNING,) if answer.grammar else ())
         headline = by_name["answer"]
+        pass_seconds = headline.seconds
         if headline.status == "scored":
             headline = headline.replace(warnings=(*headline.warnings, *warnings))
-        result = headline.replace(
-            id=result_id, tool_call=answer.tool_call, seconds=time.perf_counter() - start
-        ).to_dict()
+        headline = self._decided(headline.replace(tool_call=answer.tool_call), answer, options, context)
+        if context.route != "uncertainty":
+            headline = self.rollout.marked(headline)
+        result = headline.replace(id=result_id, seconds=time.perf_counter() - start).to_dict()
         if options.thinking:
             result["thinking"] = None if spans["thinking"] is None else by_name["thinking"].to_dict()
+        self._tell(result, answer, options, context, pass_seconds)
         return result
 
+    def _decided(
+        self, scored: Uncertainty, answer: Answer, options: RequestOptions, context: RequestContext
+    ) -> Uncertainty:
+        decisions = self.decisions
+        name = decisions.name_for(options.calibration, context.api_key_hash)
+        if answer.adapter is None:
+            self._warn_of_other_weights(decisions.calibrations.get(name or ""), scored)
+        try:
+            return decisions.decide(
+                scored,
+                name,
+                Answered(
+                    prompt_tokens=len(answer.prompt_ids),
+                    turns=context.turns,
+                    finish_reason=answer.finish_reason,
+                    parts=context.parts,
+                ),
+            )
+        except Exception:  # the answer goes out whatever breaks here
+            logger.exception("no decision")
+            return scored
+
+    def _warn_of_other_weights(self, calibration: Calibration | None, scored: Uncertainty) -> None:
+        """Say it loudly, and once: such a calibration decides on no answer at all."""
+        if calibration is None or scored.fingerprint is None or calibration.id in self._unfit:
+            return
+        bound = calibration.fingerprint.get("scorer", scored.fingerprint)
+        # The mode is part of the fingerprint, and a request may ask for another.
+        if bound != scored.fingerprint and calibration.fingerprint.get("mode", scored.mode) == scored.mode:
+            self._unfit.add(calibration.id)
+            logger.warning(
+                "calibration %s is for the scorer %s, and this one is %s (other weights, or another dtype or "
+                "version): no answer gets a p_correct from it. Calibrate this model",
+                calibration.id,
+                bound,
+                scored.fingerprint,
+            )
+
+    def _tell(
+        self,
+        result: dict[str, Any],
+        answer: Answer | None,
+        options: RequestOptions,
+        context: RequestContext,
+        pass_seconds: float | None = None,
+    ) -> None:
+        comparable = self.served is not None and self.served.raw_logprobs
+        self.observers.tell(
+            Observation.of(result, answer, options, context, comparable=comparable, pass_seconds=pass_seconds)
+        )
+
     async def _score_span(
-        self, span: Span | None, options: RequestOptions, deadline_seconds: float
+        self,
+        span: Span | None,
+        options: RequestOptions,
+        deadline_seconds: float,
+        adapter: str | None = None,
+        *,
+        semantic: bool = False,
     ) -> Uncertainty:
         if span is None:
             return Uncertainty.skipped("there is no answer after the thinking")
@@ -196,9 +358,12 @@ class UncertaintyService:
             return Uncertainty.skipped(f"prompt and answer have {tokens} tokens (max_score_tokens={most})")
         if self._client is None or self.served is None:
             return Uncertainty.failed("the scorer is not started yet")
-        allowed, warnings = self._allowed(options, len(span.answer_ids))
+        allowed, warnings = self._allowed(options, tokens, len(span.answer_ids), needs_semantic=semantic)
         try:
-            result = await self._client.score(span.prompt_ids, span.answer_ids, deadline_seconds, allowed)
+            with metrics.QUEUE.track_inprogress():
+                result = await self._client.score(
+                    span.prompt_ids, span.answer_ids, deadline_seconds, allowed, adapter
+                )
         except (QueueFullError, DeadlineError) as error:
             return Uncertainty.skipped(str(error))
         except ScorerUnavailableError as error:
@@ -213,10 +378,18 @@ class UncertaintyService:
         dtypes = (self.served.dtype, self.state.dtype or self.served.dtype)
         return check_log_probability(result, span.log_probability, *dtypes)
 
-    def _allowed(self, options: RequestOptions, answer_tokens: int) -> tuple[ScoreOptions, list[str]]:
+    def _allowed(
+        self, options: RequestOptions, tokens: int, answer_tokens: int, *, needs_semantic: bool
+    ) -> tuple[ScoreOptions, list[str]]:
         """What the scorer is asked to do, and warnings of what the operator does not allow."""
         settings, warnings = self.settings, []
-        trace, semantic = options.trace, options.semantic
+        mode, trace, semantic = options.mode or settings.mode, options.trace, options.semantic
+        if mode == "exact" and settings.max_exact_tokens is not None and tokens > settings.max_exact_tokens:
+            mode = "answer_only"
+            warnings.append(
+                f"mode answer_only: prompt and answer have {tokens} tokens "
+                f"(max_exact_tokens={settings.max_exact_tokens})"
+            )
         if trace and answer_tokens > settings.max_trace_tokens:
             trace = False
             warnings.append(
@@ -225,10 +398,11 @@ class UncertaintyService:
         if semantic and not settings.allow_semantic:
             semantic = False
             warnings.append("no semantic signals: not allowed here (allow_semantic=false)")
-        return ScoreOptions(options.mode or settings.mode, trace, semantic), warnings
+        # What a calibration of the operator's needs is the operator's wish.
+        return ScoreOptions(mode, trace, semantic or needs_semantic), warnings
 
     async def _score_later(
-        self, answer: Answer | None, options: RequestOptions, result_id: str
+        self, answer: Answer | None, options: RequestOptions, result_id: str, context: RequestContext
     ) -> dict[str, Any]:
         pending = Uncertainty(status="pending", id=result_id).to_dict()
         deadline = self.settings.background_deadline_seconds
@@ -238,10 +412,12 @@ class UncertaintyService:
             # Well after the deadline: a result that is written late must not look lost before.
             await self._store.put(pending, pending_seconds=deadline + 60)
         except ResultStoreError as error:
-            return Uncertainty.failed(str(error)).replace(id=result_id).to_dict()
+            result = Uncertainty.failed(str(error)).replace(id=result_id).to_dict()
+            self._tell(result, answer, options, context)
+            return result
 
         async def score() -> None:
-            await self._keep(await self._score_one(answer, options, result_id, deadline))
+            await self._keep(await self._score_one(answer, options, result_id, deadline, context))
 
         self._in_background(score())
         return pending

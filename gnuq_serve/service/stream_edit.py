@@ -51,11 +51,12 @@ class StreamEditor:
         self.state: Literal["open", "finished", "broken"] = "open"
         self._plan = plan
         self._records: dict[int, ChoiceRecord] = {}
+        self._finished: list[int] = []
         self._last: dict[str, Any] = {}
 
     def edit(self, event: bytes) -> bytes | None:
         """The event as the client gets it; None where it exists only because of what we asked for."""
-        data = _data_of(event)
+        data = data_of(event)
         if data is None or self.state != "open":
             return event
         if data == b"[DONE]":
@@ -74,6 +75,16 @@ class StreamEditor:
             logger.exception("an event could not be read; the stream passes as vLLM made it")
             self.state = "broken"
             return event
+
+    @property
+    def indexes(self) -> list[int]:
+        """The indexes of the choices seen, ascending."""
+        return sorted(self._records)
+
+    def newly_finished(self, thinking_length: ThinkingLength | None = None) -> dict[int, Answer | None]:
+        """The answers of the choices that have finished since the last call, by their index."""
+        finished, self._finished = self._finished, []
+        return {index: self._records[index].answer(thinking_length) for index in finished}
 
     def answers(self, thinking_length: ThinkingLength | None = None) -> list[Answer | None]:
         """The answers of the choices seen, in the order of their index."""
@@ -106,6 +117,8 @@ class StreamEditor:
                     choice["text"] = plan.echo_of(index) + choice["text"]
             record.add_prompt(chunk)
             record.add(choice)
+            if choice.get("finish_reason") is not None:
+                self._finished.append(index)
         shown = [choice for choice in chunk["choices"] if self._is_shown(choice)]
         self._last = chunk
         if not shown:
@@ -130,7 +143,7 @@ class StreamEditor:
         return bool(delta) or finished or plan.keep_token_ids or plan.keep_logprobs
 
 
-def _data_of(event: bytes) -> bytes | None:
+def data_of(event: bytes) -> bytes | None:
     """The data of an event; None for a comment."""
     lines = [line[5:].removeprefix(b" ") for line in event.splitlines() if line.startswith(b"data:")]
     return b"\n".join(lines) if lines else None

@@ -11,17 +11,19 @@ from starlette.types import ASGIApp
 from gnuq_serve.service.given_answer import Tokenize, TokenizeError
 
 
-def tokenize_in(app: ASGIApp, model: str | None) -> Tokenize:
+def tokenize_in(app: ASGIApp, model: str | None, authorization: str | None = None) -> Tokenize:
     """Ask the application that we are part of.
 
     Args:
         app: vLLM's.
         model: the model or adapter that the client named.
+        authorization: what the client sent; what stands before a server may want it on every route.
     """
+    headers = {} if authorization is None else {"authorization": authorization}
 
     async def tokenize(body: dict[str, Any]) -> list[int]:
         transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://server", headers=headers) as client:
             return read_tokens(await client.post("/tokenize", json={**body, "model": model}))
 
     return tokenize

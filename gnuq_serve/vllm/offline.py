@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from vllm import LLM, RequestOutput, SamplingParams
 
+from gnuq_serve.calibration import Calibration
+from gnuq_serve.calibration.binding import offline_parts
 from gnuq_serve.scorer import Sample, Scorer
 from gnuq_serve.service.consistency import check_log_probability
 from gnuq_serve.uncertainty import Uncertainty
@@ -26,7 +29,13 @@ class UncertaintyLLM:
     """
 
     def __init__(
-        self, model: str, *, scorer_model: str | None = None, scorer_device: str = "auto", **vllm_args: Any
+        self,
+        model: str,
+        *,
+        scorer_model: str | None = None,
+        scorer_device: str = "auto",
+        calibration: Calibration | str | Path | None = None,
+        **vllm_args: Any,
     ) -> None:
         """Load the engine and the scorer.
 
@@ -34,12 +43,17 @@ class UncertaintyLLM:
             model: as for ``vllm.LLM``.
             scorer_model: checkpoint to score with; the served model by default.
             scorer_device: device of the scorer's weights.
+            calibration: gives each uncertainty ``p_correct`` and a decision; or the path of its file.
             **vllm_args: every other argument of ``vllm.LLM``.
 
         Raises:
+            CalibrationError: the calibration's file can't be used.
             CheckpointError: the scorer's checkpoint can't be loaded, or has another vocabulary.
             UnsupportedModelError: a module of the model has no gradient-norm rule.
         """
+        if isinstance(calibration, str | Path):
+            calibration = Calibration.load(calibration)
+        self.calibration = calibration
         if scorer_model not in (None, model):  # before the engine takes its time to start
             check_same_vocabulary(
                 str(scorer_model), model, trust_remote_code=vllm_args.get("trust_remote_code", False)
@@ -84,23 +98,27 @@ class UncertaintyLLM:
         """As ``vllm.LLM.chat``; each completion of each output has ``.uncertainty``."""
         params = _with_logprobs(sampling_params or self.llm.get_default_sampling_params())
         outputs = self.llm.chat(messages, params, use_tqdm=use_tqdm, **kwargs)
-        return self._scored(outputs, sampling_params, progress=bool(use_tqdm))
+        several = bool(messages) and isinstance(messages[0], list)
+        chats = messages if several else [messages]
+        return self._scored(outputs, sampling_params, chats, progress=bool(use_tqdm))
 
-    def _scored(self, outputs: list[RequestOutput], asked: Any, *, progress: bool) -> list[RequestOutput]:
+    def _scored(
+        self, outputs: list[RequestOutput], asked: Any, chats: Sequence[Any] | None = None, *, progress: bool
+    ) -> list[RequestOutput]:
         asked_each = asked if isinstance(asked, Sequence) else [asked] * len(outputs)
         completions = [
-            (output, completion, params)
-            for output, params in zip(outputs, asked_each, strict=True)
+            (output, completion, params, chat)
+            for output, params, chat in zip(outputs, asked_each, chats or [None] * len(outputs), strict=True)
             for completion in output.outputs
         ]
-        reasons = [_skip_reason(output) for output, _, _ in completions]
+        reasons = [_skip_reason(output) for output, *_ in completions]
         samples = [
             Sample(output.prompt_token_ids, list(completion.token_ids))
-            for (output, completion, _), reason in zip(completions, reasons, strict=True)
+            for (output, completion, *_), reason in zip(completions, reasons, strict=True)
             if reason is None
         ]
         scored = iter(self._score(samples, progress=progress))
-        for (_, completion, params), reason in zip(completions, reasons, strict=True):
+        for (output, completion, params, chat), reason in zip(completions, reasons, strict=True):
             if reason is not None:
                 completion.uncertainty = Uncertainty.skipped(reason)
             else:
@@ -110,9 +128,21 @@ class UncertaintyLLM:
                 completion.uncertainty = check_log_probability(
                     next(scored), served, self._served.dtype, self.scorer.dtype
                 )
+            completion.uncertainty = self._decided(output, completion, params, chat)
             if params is None or params.logprobs is None:
                 completion.logprobs = completion.cumulative_logprob = None
         return outputs
+
+    def _decided(self, output: RequestOutput, completion: Any, params: Any, chat: Any) -> Uncertainty:
+        if self.calibration is None:
+            return completion.uncertainty  # type: ignore[no-any-return]
+        return self.calibration.apply(
+            completion.uncertainty,
+            prompt_tokens=len(output.prompt_token_ids or ()),
+            turns=None if chat is None else sum(message.get("role") == "user" for message in chat),
+            finish_reason=completion.finish_reason,
+            parts=offline_parts(params or self.llm.get_default_sampling_params(), chat),
+        )
 
     def _score(self, samples: list[Sample], *, progress: bool) -> list[Uncertainty]:
         try:

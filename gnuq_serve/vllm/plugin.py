@@ -2,32 +2,76 @@
 
 from __future__ import annotations
 
+import logging
 from argparse import Namespace
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
+from gnuq_serve.service.gate import check_environment
+from gnuq_serve.service.logs import configure_logging
 from gnuq_serve.service.middleware import UncertaintyMiddleware
 from gnuq_serve.service.routes import routes
 from gnuq_serve.service.service import UncertaintyService
 from gnuq_serve.service.settings import load_settings
+from gnuq_serve.service.telemetry import span_observer
 from gnuq_serve.vllm.served_model import served_model, server
+
+logger = logging.getLogger(__name__)
 
 
 class GnuqPlugin:
     """vLLM's ``EndpointPlugin`` protocol. Middleware added here stands inside vLLM's API-key check."""
 
     name = "gnuq"
-    required_tasks = ("generate",)
 
     def __init__(self) -> None:
-        self._service = UncertaintyService(load_settings())
+        """Read the settings.
+
+        Raises:
+            SystemExit: they can't be used. Of any other exception vLLM would make a line in its log, and serve
+                without us, whatever the settings promise.
+        """
+        try:
+            settings = load_settings()
+            check_environment(settings)
+            configure_logging(settings.log_level, settings.log_format)
+            self._service = UncertaintyService(settings)
+        except Exception as error:
+            raise SystemExit(f"gnuq: {error}") from error
+        if settings.gates and not settings.blocks_unscored_routes:
+            logger.warning("unscored_routes: pass lets answers out that nothing judges, such as /v1/responses")
+
+    @property
+    def required_tasks(self) -> tuple[str, ...] | None:
+        """Of which one must be served for us to be there; None: we are there in any case, to refuse routes."""
+        return None if self._service.settings.blocks_unscored_routes else ("generate",)
 
     def attach_router(self, app: Any) -> None:
         """Called once while vLLM builds its application."""
         app.router.routes.extend(routes(self._service))
         app.add_middleware(UncertaintyMiddleware, service=self._service)
+        app.router.lifespan_context = self._until_stopped(app.router.lifespan_context)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Called once when the engine has loaded its model."""
         if engine_client is None:  # a server that only renders prompts
             return
+        if "generate" not in await engine_client.get_supported_tasks():  # one that transcribes, say
+            return
+        if await engine_client.is_tracing_enabled():
+            self._service.observers.append(span_observer())
         self._service.start(served_model(engine_client.model_config, state), server(state, args))
+
+    def _until_stopped(self, lifespan: Callable[[Any], AbstractAsyncContextManager[Any]]) -> Any:
+        """The application's own lifespan, at whose end the scorer ends too."""
+
+        @asynccontextmanager
+        async def ours(app: Any) -> AsyncIterator[Any]:
+            try:
+                async with lifespan(app) as state:
+                    yield state
+            finally:
+                await self._service.stop()
+
+        return ours

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 
-from gnuq_serve.service.settings import CONFIG_VARIABLE, load_settings
+from gnuq_serve.service.decisions import Decisions
+from gnuq_serve.service.gate import check_environment
+from gnuq_serve.service.setting_sources import variable
+from gnuq_serve.service.settings import CONFIG_VARIABLE, check_paths, load_settings
 
 _ON_BY_DEFAULT = (
     "vllm.general_plugins",
@@ -18,21 +21,26 @@ _ON_BY_DEFAULT = (
 )
 
 
-def serve(vllm_args: Sequence[str], config: str | None = None) -> None:
+def serve(vllm_args: Sequence[str], config: str | None = None, flags: Mapping[str, str] | None = None) -> None:
     """Become ``vllm serve`` with the plugin ``gnuq`` on; does not return.
 
     Args:
         vllm_args: everything that follows ``vllm serve``.
         config: settings file.
+        flags: settings of the command line; handed on as environment variables.
 
     Raises:
         ImportError: vLLM is not installed.
-        SettingsError: the settings file can't be used. vLLM would only log that, and serve without scores.
+        SettingsError: the settings can't be used.
     """
     if find_spec("vllm") is None:
         raise ImportError("vLLM is not installed here: pip install 'gnuq-serve[vllm]' (GPU) or 'gnuq-serve[cpu]'")
-    load_settings(config)
-    environment = {**os.environ, "VLLM_PLUGINS": plugin_list(os.environ.get("VLLM_PLUGINS"))}
+    settings = load_settings(config, flags)
+    check_environment(settings)
+    Decisions.load(settings)
+    check_paths(settings)
+    given = {variable(name): text for name, text in (flags or {}).items()}
+    environment = {**os.environ, **given, "VLLM_PLUGINS": plugin_list(os.environ.get("VLLM_PLUGINS"))}
     if config is not None:
         environment[CONFIG_VARIABLE] = config
     command = [sys.executable, "-m", "gnuq_serve.vllm.server_main", *vllm_args]

@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
 
+from gnuq_serve.service.engine_load import waiting_in_this_server
 from gnuq_serve.service.service import ServedModel, Server
 from gnuq_serve.vllm.thinking import ThinkingFinder
 
@@ -41,8 +42,11 @@ def server(state: Any, args: Namespace) -> Server:
     return Server(
         name=":".join(map(str, address)),
         adapters=lambda: getattr(models, "lora_requests", {}),
+        adapter_path=lambda name: getattr(getattr(models, "lora_requests", {}).get(name), "lora_path", None),
         parses=lambda: getattr(_chat(state), "parser_cls", None) is not None,
+        sampling_defaults=lambda: getattr(_chat(state), "default_sampling_params", None),
         thinking_length=_thinking_finder(state),
+        engine_load=None if getattr(args, "disable_log_stats", False) else waiting_in_this_server,
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -21,9 +23,14 @@ def fingerprint_of(model: nn.Module, mode: str) -> str:
     config: Any = model.config
     settings = {name: value for name, value in config.to_dict().items() if name not in _NO_INFLUENCE}
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.named_parameters()):
+    add_tensors(digest, model.named_parameters())
+    return digest.hexdigest()[:12]
+
+
+def add_tensors(digest: hashlib._Hash, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Feed each tensor's name, shape, dtype and 64 of its values to a digest, in the order of their names."""
+    for name, tensor in sorted(tensors, key=itemgetter(0)):
         flat = tensor.detach().flatten()
         picked = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.float64)
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(picked.numpy().tobytes())
-    return digest.hexdigest()[:12]

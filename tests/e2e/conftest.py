@@ -2,7 +2,8 @@
 
 import openai
 import pytest
-from live_server import ENV, GNUQ_SERVE, KEY, OPTIONS, VLLM, wait_for_scorer
+from live_server import ENV, GNUQ_SERVE, KEY, OPTIONS, VLLM, proxy_command, wait_for_scorer
+from span_receiver import SpanReceiver
 from thinking_model import make_thinking_model
 
 from gnuq_serve.managed_server import ManagedServer, free_port
@@ -21,15 +22,24 @@ def start(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def server(smollm2, start):
-    """`gnuq-serve serve`, ready to score."""
-    with start([GNUQ_SERVE, "serve", str(smollm2), *OPTIONS]) as running:
+def receiver():
+    """Gets the spans of ``server``."""
+    with SpanReceiver() as receiver:
+        yield receiver
+
+
+@pytest.fixture(scope="session")
+def server(smollm2, start, receiver):
+    """`gnuq-serve serve`, ready to score; it traces, and logs each answer."""
+    command = [GNUQ_SERVE, "serve", str(smollm2), *OPTIONS, "--otlp-traces-endpoint", receiver.endpoint]
+    logs = {"GNUQ_LOG_FORMAT": "json", "GNUQ_LOG_ANSWERS": "info"}
+    with start(command, ENV | logs | {"OTEL_BSP_SCHEDULE_DELAY": "200"}) as running:
         running.wait_until_ready(["/health"])
         wait_for_scorer(running)
         yield running
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def plain_server(smollm2, start):
     """vLLM without us."""
     with start([*VLLM, str(smollm2), *OPTIONS], ENV | {"VLLM_PLUGINS": ""}) as running:
@@ -38,11 +48,20 @@ def plain_server(smollm2, start):
 
 
 @pytest.fixture(scope="module")
+def proxy_server(smollm2, plain_server, start):
+    """`gnuq-serve proxy` in front of the plain server, ready to score."""
+    with start(proxy_command(smollm2, plain_server)) as running:
+        running.wait_until_ready(["/health"])
+        wait_for_scorer(running)
+        yield running
+
+
+@pytest.fixture(scope="module")
 def thinking_server(smollm2, start, tmp_path_factory):
     """`gnuq-serve serve` with a reasoning parser and a tool parser, and a model that thinks."""
     model = make_thinking_model(smollm2, tmp_path_factory.mktemp("thinking") / "model")
-    parsers = ["--reasoning-parser", "deepseek_r1", "--tool-call-parser", "hermes", "--enable-auto-tool-choice"]
-    with start([GNUQ_SERVE, "serve", str(model), *OPTIONS, *parsers]) as running:
+    parser = ["--reasoning-parser", "deepseek_r1"]
+    with start([GNUQ_SERVE, "serve", str(model), *OPTIONS, *parser]) as running:
         running.wait_until_ready(["/health"])
         wait_for_scorer(running)
         yield running

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import httpx
 import psutil
+from prometheus_client.parser import text_string_to_metric_families
 
 from gnuq_serve.demo_model import NAME, OFFLINE
 from gnuq_serve.managed_server import CPU_ENVIRONMENT, HOST
@@ -17,8 +18,16 @@ HEADERS = {"Authorization": f"Bearer {KEY}"}
 ENV = {**CPU_ENVIRONMENT, **OFFLINE}
 OPTIONS = ["--served-model-name", NAME, "--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"]
 OPTIONS += ["--max-num-seqs", "8", "--api-key", KEY, "--host", HOST]
+OPTIONS += ["--tool-call-parser", "hermes", "--enable-auto-tool-choice"]
 GNUQ_SERVE = str(Path(sys.executable).with_name("gnuq-serve"))
 VLLM = [sys.executable, "-m", "gnuq_serve.vllm.server_main"]
+
+
+def proxy_command(model, upstream, key=KEY):
+    """`gnuq-serve proxy` in front of a running server."""
+    command = [GNUQ_SERVE, "proxy", "--upstream", upstream.base_url, "--upstream-api-key", key]
+    return [*command, "--model", str(model), "--dtype", "float32", "--host", HOST]
+
 
 CHAT = {
     "model": NAME,
@@ -56,7 +65,7 @@ def ask_streamed(running, route, body):
             response.read()
             return [response.json()]
         for line in response.iter_lines():
-            if line:
+            if line and not line.startswith(":"):  # a comment: a held stream is alive
                 assert line.startswith("data: ")
                 data = line.removeprefix("data: ")
                 events.append(json.loads(data) if data != "[DONE]" else data)
@@ -90,6 +99,22 @@ def scorer_of(running):
         if "gnuq-serve: scorer" in " ".join(process.cmdline())
     )
     return scorer
+
+
+def families(running):
+    """What the server's /metrics shows, by name."""
+    text = httpx.get(f"{running.base_url}/metrics").text
+    return {family.name: family for family in text_string_to_metric_families(text)}
+
+
+def sample(running, name, **labels):
+    """The sum over all samples of a name that have these labels."""
+    return sum(
+        one.value
+        for family in families(running).values()
+        for one in family.samples
+        if one.name == name and labels.items() <= one.labels.items()
+    )
 
 
 def stable(response):

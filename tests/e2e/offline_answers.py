@@ -8,8 +8,9 @@ from vllm import SamplingParams
 from gnuq_serve.vllm import UncertaintyLLM
 
 
-def main(model: str, questions: list[str]) -> None:
-    llm = UncertaintyLLM(model, dtype="float32", enforce_eager=True, max_model_len=2048, max_num_seqs=8)
+def main(model: str, calibration: str, questions: list[str]) -> None:
+    engine = {"dtype": "float32", "enforce_eager": True, "max_model_len": 2048, "max_num_seqs": 8}
+    llm = UncertaintyLLM(model, calibration=calibration, **engine)
     chats = [[{"role": "user", "content": question}] for question in questions]
     greedy = SamplingParams(temperature=0, max_tokens=24)
     outputs = llm.chat(chats, greedy, use_tqdm=False)
@@ -26,8 +27,9 @@ def main(model: str, questions: list[str]) -> None:
         "The capital of France is", SamplingParams(n=2, max_tokens=4, seed=1, logprobs=1), use_tqdm=False
     )
     rows.append([[c.uncertainty.log_probability, c.cumulative_logprob] for c in two[0].outputs])
+    rows.append([list(c.uncertainty.warnings) for c in two[0].outputs])
     print("RESULT " + json.dumps(rows))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    main(sys.argv[1], sys.argv[2], sys.argv[3:])

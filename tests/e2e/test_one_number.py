@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from langchain_gnuq import UncertaintyCallbackHandler
 from live_server import ENV, NAME, chat_openai
+from made_calibration import saved
 
 from gnuq_serve import Policy, Uncertainty
 
@@ -19,10 +20,12 @@ QUESTIONS = ["What is the capital of France?", "What is 7 + 5?", "Who painted th
 
 
 @pytest.fixture(scope="module")
-def offline(smollm2):
+def offline(smollm2, tmp_path_factory):
+    bound = {"sampling": "temperature=0 top_p=1 max_tokens=24", "system_prompt": "none", "template": "default"}
+    calibration = saved(tmp_path_factory.mktemp("calibration"), fingerprint=bound)
     script = Path(__file__).with_name("offline_answers.py")
     run = subprocess.run(
-        [sys.executable, str(script), str(smollm2), *QUESTIONS],
+        [sys.executable, str(script), str(smollm2), calibration, *QUESTIONS],
         env=os.environ | ENV,
         capture_output=True,
         text=True,
@@ -71,8 +74,17 @@ def test_scorer_and_engine_agree_on_the_log_probability(client, question):
 
 
 def test_offline_leaves_what_was_asked_of_vllm(offline):
-    *chats, two = offline
+    *chats, two, _ = offline
     assert all(row["logprobs_restored"] for row in chats)
     assert len(two) == 2
     for scored, served in two:
         assert scored == pytest.approx(served, abs=1e-2)
+
+
+def test_offline_a_calibration_decides_on_answers_made_as_its_own(offline):
+    *chats, _, warnings = offline
+    assert {row["uncertainty"]["decision"] for row in chats} <= {"answer", "abstain"}
+    assert all(0 < row["uncertainty"]["p_correct"] < 1 for row in chats)
+    for (warning,) in warnings:  # drawn otherwise, and no chat
+        assert "sampling is temperature=1 top_p=1 max_tokens=4, calibrated on temperature=0" in warning
+        assert "template is no chat, calibrated on default" in warning

@@ -9,8 +9,10 @@ from live_server import (
     ask,
     ask_streamed,
     by_choice,
+    proxy_command,
     split_stream,
     stable,
+    wait_for_scorer,
     without_score,
 )
 from test_same_as_vllm import TOOLS, assert_no_false_warning
@@ -112,3 +114,21 @@ def test_the_openai_client_puts_a_streamed_tool_call_together(thinking_server):
             message = stream.get_final_completion().choices[0].message
     (call,) = message.tool_calls
     assert call.function.name == "f"
+
+
+def test_a_proxy_that_is_told_the_end_of_thinking_tells_the_spans_apart(thinking_server, start):
+    """As the server's own parser does."""
+    command = proxy_command(thinking_server.command[2], thinking_server)
+    body = CHAT | {"uncertainty": {"thinking": True}}
+    _, (mine,) = without_score(ask(thinking_server, ROUTE, body))
+    with start([*command, "--thinking-end", "</think>"]) as proxy:
+        proxy.wait_until_ready(["/health"])
+        wait_for_scorer(proxy)
+        (choice,) = ask(proxy, ROUTE, body)["choices"]
+        (hidden,) = ask(proxy, ROUTE, body | HIDDEN)["choices"]
+    assert hidden["message"]["reasoning"] is None
+    for its in (choice["uncertainty"], hidden["uncertainty"]):
+        for here, there in ((mine, its), (mine["thinking"], its["thinking"])):
+            assert here["tokens"] == there["tokens"]
+            assert here["span"] == there["span"]
+            assert here["log_grad_norm_sq"] == pytest.approx(there["log_grad_norm_sq"], abs=1e-4)

@@ -1,16 +1,12 @@
-"""Results by id and scores of given answers, on a real server; several API server processes."""
-
-import time
+"""Results by id and scores of given answers, on a real server."""
 
 import httpx
 import pytest
 from live_server import (
     CHAT,
     COMPLETION,
-    GNUQ_SERVE,
     HEADERS,
     NAME,
-    OPTIONS,
     ask,
     ask_for,
     scorer_of,
@@ -85,22 +81,3 @@ def test_results_outlive_the_scorer(server):
     scorer_of(server).kill()
     assert ask_for(server, pending["id"]) == done
     wait_for_scorer(server)
-
-
-def test_any_api_server_process_knows_every_result(smollm2, start):
-    command = [GNUQ_SERVE, "serve", str(smollm2), *OPTIONS, "--api-server-count", "2"]
-    with start(command) as running:
-        running.wait_until_ready(["/health"])
-        for _ in range(4):  # whichever answers
-            wait_for_scorer(running)
-        for _ in range(8):
-            body = CHAT | {"max_tokens": 2, "uncertainty": {"wait": False}}
-            pending = ask(running, "chat/completions", body)["choices"][0]["uncertainty"]
-            assert pending["status"] == "pending"
-            codes = set()
-            while 200 not in codes:
-                for _ in range(8):  # each on a connection of its own
-                    url = f"{running.base_url}/v1/uncertainty/{pending['id']}"
-                    codes.add(httpx.get(url, headers=HEADERS).status_code)
-                time.sleep(0.1)
-            assert codes <= {200, 202}

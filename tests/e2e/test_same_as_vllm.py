@@ -35,8 +35,8 @@ CASES = [
     (CHAT, {"response_format": {"type": "json_object"}}, "scored"),
     (CHAT, {"structured_outputs": {"choice": ["Paris", "London"]}}, "scored"),
     (CHAT, TOOLS | {"tool_choice": "none"}, "scored"),
-    (CHAT, TOOLS, None),  # auto needs a tool parser, and so does
-    (CHAT, TOOLS | {"tool_choice": "required"}, None),
+    (CHAT, TOOLS, "scored"),
+    (CHAT, TOOLS | {"tool_choice": "required"}, "scored"),
     (CHAT, {"return_prompt_text": True}, "scored"),
     (CHAT, {"top_logprobs": 2}, None),
     (CHAT, {"temperature": -1}, None),
@@ -87,7 +87,7 @@ TRIES = 10
 @pytest.mark.parametrize(("route", "more", "status"), WHOLE, ids=str)
 def test_whole(server, plain_server, route, more, status):
     body = BODIES[route] | more
-    for _ in range(TRIES):  # a busy server batches the choices otherwise, now and then, and logprobs round otherwise
+    for _ in range(TRIES):  # a busy server batches choices otherwise, now and then, and logprobs round otherwise
         plain = stable(ask(plain_server, route, body))
         off, on = ask(server, route, body | OFF), ask(server, route, body)
         scores = []

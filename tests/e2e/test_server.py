@@ -56,7 +56,7 @@ def test_answers_are_counted(server):
     post(server, CHAT)
     post(server, CHAT | {"uncertainty": False})
     metrics = httpx.get(f"{server.base_url}/metrics").text
-    assert re.search(r'gnuq_answers_total\{route="chat",status="scored"\} [1-9]', metrics)
+    assert re.search(r'gnuq_answers_total\{reason="",route="chat",status="scored"\} [1-9]', metrics)
     assert re.search(r'gnuq_unscored_requests_total\{reason="off",route="chat"\} [1-9]', metrics)
     assert "Paris" not in metrics
 
@@ -102,8 +102,9 @@ def test_a_killed_scorer_costs_no_answer_and_comes_back(server):
     scorer_of(server).kill()
     choice = post(server, CHAT)["choices"][0]
     assert "Paris" in choice["message"]["content"]
-    assert choice["uncertainty"]["status"] == "failed"
-    assert "died" in choice["uncertainty"]["reason"]
+    score = choice["uncertainty"]
+    # It waits for the next scorer, unless too many have died of late.
+    assert score["status"] == "scored" or "died" in score["reason"]
     wait_for_scorer(server)
     assert post(server, CHAT)["choices"][0]["uncertainty"]["status"] == "scored"
 

@@ -273,3 +273,25 @@ def test_a_working_file_is_never_overwritten_by_mistake(tmp_path, capsys):
         assert calibrate("--data", data, "--server", server.url, "--working-file", data) == 1
     assert "not a line of a working file" in capsys.readouterr().err
     assert (tmp_path / "qa.jsonl").read_bytes() == before
+
+
+def test_a_server_that_holds_answers_back_is_refused(tmp_path, capsys):
+    def gated(request):
+        return {"text": "I am not sure.", "uncertainty": score(number_in(request)) | {"withheld": "uncertain"}}
+
+    data = write(tmp_path / "qa.jsonl", questions(30))
+    with OpenAIStub(gated) as server:
+        assert calibrate("--data", data, "--server", server.url) == 1
+    assert (
+        "holds answers back, and shows none of them: calibrate with on_uncertain: pass" in capsys.readouterr().err
+    )
+
+
+def test_further_fields_of_the_request_are_bound_too(tmp_path):
+    data = write(tmp_path / "qa.jsonl", questions(60))
+    with OpenAIStub(adds) as server:
+        ask = ["--server", server.url, "--match", "number", "--request", '{"top_k": 5, "temperature": 0.5}']
+        calibrate("--data", data, *ask)
+    fingerprint = Calibration.load("calibration.json").fingerprint
+    assert fingerprint["sampling"] == "temperature=0.5 top_p=1 max_tokens=256 top_k=5"
+    assert (fingerprint["system_prompt"], fingerprint["template"]) == ("none", "default")

@@ -19,8 +19,8 @@ from gnuq_serve.scorer import Sample, Scorer
 from gnuq_serve.service.answer import Answer
 from gnuq_serve.service.messages import ScorerConfig
 from gnuq_serve.service.request_plan import RequestOptions
-from gnuq_serve.service.scorer_client import DeadlineError, ScorerClient
-from gnuq_serve.service.service import ServedModel, UncertaintyService
+from gnuq_serve.service.scorer_client import DeadlineError, ScorerClient, ScorerUnavailableError
+from gnuq_serve.service.service import ServedModel, Server, UncertaintyService
 from gnuq_serve.service.settings import load_settings
 from gnuq_serve.uncertainty import Uncertainty
 
@@ -50,17 +50,17 @@ def own_temp_folder(tmp_path_factory, monkeypatch):
 class Running:
     """A service on an event loop in a thread of its own, as in a server."""
 
-    def __init__(self, served, **settings):
+    def __init__(self, served, server=None, **settings):
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
         self.before = set(scorers())
         settings = {"scorer_device": "cpu"} | settings
         self.service = UncertaintyService(load_settings().model_copy(update=settings))
-        self.call(self._start(served))
+        self.call(self._start(served, server))
 
-    async def _start(self, served):
-        self.service.start(served)
+    async def _start(self, served, server):
+        self.service.start(served, server)
 
     def call(self, coroutine, timeout=START_SECONDS):
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout)
@@ -83,7 +83,13 @@ class Running:
 
     @property
     def folder(self):
-        return Path(self.service._client._directory.name)
+        return self.service._client._folder.path
+
+    @property
+    def held(self):
+        """Answers of this service that the scorer has."""
+        link = self.service._client._link
+        return {} if link is None else link._waiting
 
     def stop(self):
         self.call(self.service.stop())
@@ -108,6 +114,11 @@ def wait_until(condition, seconds):
     while not condition():
         assert time.monotonic() < deadline, f"not so after {seconds} s"
         time.sleep(0.02)
+
+
+def left_in(folder):
+    """What scorers have left of their folders."""
+    return list(folder.glob("gnuq-serve-*/scorer-*"))
 
 
 def gone(pid):
@@ -225,7 +236,8 @@ def test_only_this_user_reaches_it(running):
     folder = running.folder.stat()
     assert stat.S_IMODE(folder.st_mode) == 0o700
     assert folder.st_uid == os.getuid()
-    assert [stat.S_ISSOCK(path.stat().st_mode) for path in running.folder.iterdir()] == [True]
+    kinds = {path.suffix: stat.S_ISSOCK(path.stat().st_mode) for path in running.folder.iterdir()}
+    assert kinds == {".sock": True, ".json": False}
     assert running.process.net_connections("inet") == []
 
 
@@ -240,44 +252,52 @@ def test_a_passed_deadline_fails_and_the_next_is_scored(running):
     finally:
         process.resume()
     assert running.call(client.score(*SAMPLES[0], START_SECONDS)).status == "scored"
-    assert client._pending == {}
+    assert running.held == {}
 
 
-def test_killed_with_answers_in_hand_it_restarts(running):
-    answer = Answer(*SAMPLES[0])
-    (before,) = running.score(answer)
+def test_killed_with_a_batch_in_hand_only_that_batch_fails(running, in_process):
+    """What waited its turn goes to the next scorer."""
+    prompt, answer = [1] * 30, [2] * 20  # traced: some 40 of them make a batch, which takes a moment
+    (expected,) = in_process.score([Sample(prompt, answer)])
     first = running.process
-    first.suspend()
-    waiting = [running.ask(running.service.score([answer, answer])) for _ in range(3)]
-    wait_until(lambda: len(running.service._client._pending) == 6, 10)
-    first.kill()
-    for future in waiting:
-        for result in future.result(30):
-            assert result["status"] == "failed"
-            assert "died while it held this answer" in result["reason"]
+    waiting = [
+        running.ask(running.service.score([Answer(prompt, answer)], RequestOptions(trace=True)))
+        for _ in range(200)
+    ]
+    wait_until(lambda: any(one.started for one in list(running.held.values())), 30)
+    with Stopped(running):
+        time.sleep(0.3)  # all that it said has come
+        held = [one.started for one in running.held.values()]
+        first.kill()
     wait_until(lambda: running.service.state.status == "restarting", 10)
-    (between,) = running.score(answer)
-    if between.status == "failed":  # else the restart was quicker
-        assert "exit code -9" in between.reason
-    running.wait_for("ready")
+    start = time.monotonic()
+    with pytest.raises(ScorerUnavailableError, match="exit code -9"):  # the next can't be ready that soon
+        running.call(running.service._client.score(*SAMPLES[0], 0.9))
+    assert time.monotonic() - start < 0.5
+    waiting.append(running.ask(running.service.score([Answer(prompt, answer)])))  # comes in the meantime
+    results = [Uncertainty.from_dict(result) for future in waiting for result in future.result(START_SECONDS)]
+    failed = [result for result in results if result.status != "scored"]
+    assert 0 < len(failed) == sum(held) < len(held)
+    for result in failed:
+        assert result.status == "failed"
+        assert "died while it held this answer" in result.reason
+    close_to(expected)(results[-1])
     assert running.process.pid != first.pid
-    (after,) = running.score(answer)
-    close_to(before)(after)
 
 
 def test_stop_leaves_nothing(model_path, own_temp_folder):
     running = Running(ServedModel(model=model_path, dtype="float32"), keep_results=0)
     running.wait_for("ready")
     process, folder = running.process, running.folder
-    assert folder.parent == own_temp_folder
+    assert folder.parent.parent == own_temp_folder
     process.suspend()
     waiting = running.ask(running.service.score([Answer(*SAMPLES[0])]))
-    wait_until(lambda: running.service._client._pending, 10)
+    wait_until(lambda: running.held, 10)
     running.call(running.service.stop())
     (result,) = waiting.result(10)
     assert (result["status"], bool(result["reason"])) == ("failed", True)
     assert gone(process.pid)
-    assert list(own_temp_folder.iterdir()) == []
+    assert left_in(own_temp_folder) == []
     assert running.service.state.status == "stopped"
     (late,) = running.score(Answer(*SAMPLES[0]))
     assert late.status == "failed"
@@ -293,7 +313,7 @@ def test_stop_while_it_loads(model_path, own_temp_folder):
     running.stop()
     assert waiting.result(10)[0]["status"] == "failed"
     assert gone(process.pid)
-    assert list(own_temp_folder.iterdir()) == []
+    assert left_in(own_temp_folder) == []
 
 
 def test_deadline_while_it_loads(model_path):
@@ -306,18 +326,55 @@ def test_deadline_while_it_loads(model_path):
         running.stop()
 
 
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"stuck_scorer_seconds": 2.0}, "it gave no sign of life for"),
+        (
+            {"max_batch_seconds": 0.3, "yield_to_engine": True},
+            "one batch took more than 0.3 s (max_batch_seconds)",
+        ),
+        ({"scorer_start_timeout_seconds": 0.5}, "not ready after 0.5 s (scorer_start_timeout_seconds)"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_one_that_is_stuck_is_killed(model_path, settings, reason):
+    running = Running(
+        ServedModel(model=model_path, dtype="float32"),
+        Server(engine_load=lambda: 0),
+        deadline_seconds=START_SECONDS,
+        **settings,
+    )
+    try:
+        if "scorer_start_timeout_seconds" not in settings:
+            running.wait_for("ready")
+            first = running.process
+            if "stuck_scorer_seconds" in settings:
+                first.suspend()
+            else:
+                options = RequestOptions(trace=True)
+                running.ask(running.service.score([Answer([1] * 30, [2] * 30)] * 200, options))
+        state = running.wait_for("restarting")
+        assert reason in state.reason
+        if "stuck_scorer_seconds" in settings:
+            assert running.score(Answer(*SAMPLES[0]))[0].status == "scored"
+            assert gone(first.pid)
+    finally:
+        running.stop()
+
+
 def test_no_answer_is_lost_when_many_wait_for_a_scorer_that_dies(model_path):
-    """More than ZeroMQ's queue of 1000 holds."""
+    """More than ZeroMQ's queue of 1000 holds; the next scorer has them all."""
     served = ServedModel(model=model_path, dtype="float32")
-    running = Running(served, deadline_seconds=START_SECONDS, max_queue=3000)
+    running = Running(served, deadline_seconds=START_SECONDS, max_queue=1200)
     try:
         running.wait_for("ready", "failed")
         process = running.process
         process.suspend()
-        waiting = [running.ask(running.service.score([Answer(*SAMPLES[0])])) for _ in range(3000)]
-        wait_until(lambda: len(running.service._client._pending) == 3000, 30)
+        waiting = [running.ask(running.service.score([Answer(*SAMPLES[0])])) for _ in range(1200)]
+        wait_until(lambda: len(running.held) == 1200, 30)
         process.kill()
-        assert {future.result(60)[0]["status"] for future in waiting} == {"failed"}
+        assert {future.result(START_SECONDS)[0]["status"] for future in waiting} == {"scored"}
     finally:
         running.stop()
 
@@ -342,7 +399,7 @@ def test_a_scorer_that_cannot_start_ends_in_order(tmp_path):
     """With its reason and exit code 1; an abort of the interpreter would fill the server's log."""
     config = ScorerConfig(endpoint=f"ipc://{tmp_path}/s", model=str(tmp_path), served_model=str(tmp_path))
     with subprocess.Popen(
-        [sys.executable, "-m", "gnuq_serve.service.scorer_process"],
+        [sys.executable, "-m", "gnuq_serve.service.scorer_process", str(tmp_path)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -448,7 +505,7 @@ def test_a_killed_server_leaves_no_scorer_behind(model_path, own_temp_folder, wh
         finally:
             os.kill(parent.pid, signal.SIGKILL)
     wait_until(lambda: gone(pid), START_SECONDS)
-    assert list(own_temp_folder.iterdir()) == []
+    assert left_in(own_temp_folder) == []
 
 
 def test_client_alone(model_path):
@@ -488,7 +545,7 @@ def test_a_full_queue_skips_or_waits(model_path, on_overload, expected):
         running.wait_for("ready", "failed")
         with Stopped(running):
             waiting = [running.ask(running.service.score([Answer(*SAMPLES[0])])) for _ in range(3)]
-            wait_until(lambda: len(running.service._client._pending) == 2, 10)
+            wait_until(lambda: len(running.held) == 2, 10)
             if on_overload == "skip":
                 (result,) = waiting[2].result(10)
                 assert "the scoring queue is full (max_queue=2)" in result["reason"]
@@ -505,7 +562,7 @@ def test_who_waits_for_a_place_waits_no_longer_than_the_deadline(model_path):
         client = running.service._client
         with Stopped(running):
             first = running.ask(client.score(*SAMPLES[0], START_SECONDS))
-            wait_until(lambda: len(client._pending) == 1, 10)
+            wait_until(lambda: len(running.held) == 1, 10)
             with pytest.raises(DeadlineError):
                 running.call(client.score(*SAMPLES[0], 0.3))
         assert first.result(START_SECONDS).status == "scored"
@@ -518,10 +575,10 @@ def test_given_up_answers_leave_the_scorers_queue(running, in_process):
     client = running.service._client
     with Stopped(running):
         given_up = [running.ask(client.score([1] * 30, [2] * 30, START_SECONDS)) for _ in range(200)]
-        wait_until(lambda: len(client._pending) == 200, 10)
+        wait_until(lambda: len(running.held) == 200, 10)
         for future in given_up:
             future.cancel()
-        wait_until(lambda: not client._pending, 10)
+        wait_until(lambda: not running.held, 10)
         (expected,) = in_process.score([Sample(*SAMPLES[0])])
         kept = running.ask(client.score(*SAMPLES[0], START_SECONDS))
     close_to(expected)(kept.result(START_SECONDS))
@@ -589,10 +646,9 @@ def test_without_waiting_the_result_comes_later_also_through_a_restart(model_pat
         wait_until(lambda: look(lost.id)["status"] == "scored", START_SECONDS)
         with Stopped(running):
             (killed,) = running.score(Answer(*SAMPLES[0]), wait=False)
-            wait_until(lambda: running.service._client._pending, 10)
+            wait_until(lambda: running.held, 10)
             running.process.kill()
-            wait_until(lambda: look(killed.id)["status"] == "failed", 30)
-            assert "died" in look(killed.id)["reason"]
+        wait_until(lambda: look(killed.id)["status"] == "scored", START_SECONDS)
         assert look(done.id)["status"] == "scored"
         assert look("unc-unknown") is None
         (waited,) = running.score(Answer(*SAMPLES[0]))
@@ -612,6 +668,33 @@ def test_where_results_cannot_be_kept_only_the_pending_fail(model_path, tmp_path
         assert running.score(Answer(*SAMPLES[0]))[0].status == "scored"
     finally:
         running.stop()
+
+
+def test_an_adapters_answer_is_scored_with_the_adapter(running, model_path, in_process, tmp_path):
+    peft = pytest.importorskip("peft")
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"])
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model_path), config)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    model.save_pretrained(tmp_path)
+    adapted = Scorer.from_model(model.eval())
+    prompt, answer = SAMPLES[0]
+    with_it, without, nowhere = running.score(
+        Answer(prompt, answer, adapter=str(tmp_path)),
+        Answer(prompt, answer),
+        Answer(prompt, answer, adapter="/no"),
+    )
+    (expected,), (plain,) = (one.score([Sample(prompt, answer)]) for one in (adapted, in_process))
+    close_to(expected.replace(fingerprint=with_it.fingerprint))(with_it)
+    close_to(plain)(without)
+    assert with_it.fingerprint != without.fingerprint
+    assert nowhere.status == "skipped"
+    assert nowhere.reason.startswith("adapter not loaded: ")
 
 
 def test_options_reach_the_scorer(running, in_process):

@@ -81,3 +81,17 @@ def test_the_interval_narrows_around_the_risk():
 def test_mistakes_are_named(fields, message):
     with pytest.raises(ValueError, match=message):
         AuditTest(**fields)
+
+
+@pytest.mark.parametrize("max_error", [0.001, 0.1, 0.5])
+def test_many_labels_at_once_are_as_one_after_the_other(max_error):
+    rng = np.random.default_rng(4)
+    labels = [bool(label) for label in rng.random(2500) > 0.12]
+    one_by_one, at_once = AuditTest(max_error), AuditTest(max_error)
+    for label in labels:
+        one_by_one.add(label)
+    at_once.add_all(labels[:7])
+    at_once.add_all([])
+    assert at_once.add_all(labels[7:]) is one_by_one.broken
+    assert (at_once.answers, at_once.errors) == (one_by_one.answers, one_by_one.errors)
+    assert at_once.peak == pytest.approx(one_by_one.peak, rel=1e-12)

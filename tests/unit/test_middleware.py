@@ -1,4 +1,5 @@
 import asyncio
+import hashlib
 import json
 
 import httpx
@@ -9,6 +10,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from gnuq_serve.service.middleware import UncertaintyMiddleware
+from gnuq_serve.service.observation import Observers
 from gnuq_serve.service.service import Server, UncertaintyService
 from gnuq_serve.service.settings import load_settings
 from gnuq_serve.uncertainty import Uncertainty
@@ -18,24 +20,25 @@ REQUEST = {"model": "m", "messages": [{"role": "user", "content": "Grüße"}]}
 SCORED = Uncertainty(status="scored", id="unc-1", tokens=2, log_probability=-0.75)
 
 
-class StandInService:
-    """What the middleware needs of the service."""
+class StandInService(UncertaintyService):
+    """A service whose scores are given."""
 
     def __init__(self, uncertainties=(SCORED,), error=None, mirror=False, adapters=()):
-        self.settings = load_settings().model_copy(update={"mirror_in_logprobs": mirror})
+        super().__init__(load_settings().model_copy(update={"mirror_in_logprobs": mirror}))
         self.server = Server(adapters=lambda: adapters)
         self.uncertainties, self.error = [one.to_dict() for one in uncertainties], error
         self.asked, self.kept, self.given_up = [], [], 0
+        self.observers, self.told, self.contexts = Observers(), [], []
+        self.observers.append(self.told.append)
         self.ready = None  # an event to wait for
         self.was_asked = asyncio.Event()
-
-    skip = UncertaintyService.skip
 
     def _keep_soon(self, results):
         self.kept += results
 
-    async def score(self, answers, options):
+    async def score(self, answers, options, context):
         self.asked.append(answers)
+        self.contexts.append(context)
         self.was_asked.set()
         try:
             await (asyncio.sleep(0) if self.ready is None else self.ready.wait())
@@ -95,8 +98,7 @@ def count(name, **labels):
 
 def test_a_response_carries_its_uncertainty():
     served = Served(JSONResponse(vllm_response(), headers={"x-request-id": "r1"}))
-    before = count("gnuq_answers_total", route="chat", status="scored")
-    response = served.call()
+    response = served.call(headers={"Authorization": "Bearer k", "Traceparent": "00-1-2-01"})
     assert response.status_code == 200
     assert int(response.headers["content-length"]) == len(response.content)
     assert response.headers["content-type"] == "application/json"
@@ -107,7 +109,9 @@ def test_a_response_carries_its_uncertainty():
     (asked,) = served.service.asked
     span = asked[0].answer_span
     assert (span.prompt_ids, span.answer_ids, span.log_probability) == ([1, 5, 6], [7, 2], -0.75)
-    assert count("gnuq_answers_total", route="chat", status="scored") == before + 1
+    (context,) = served.service.contexts
+    assert (context.route, context.turns, context.trace_headers) == ("chat", 1, {"traceparent": "00-1-2-01"})
+    assert context.api_key_hash == hashlib.sha256(b"k").hexdigest()
 
 
 def test_vllm_is_asked_for_token_ids_with_the_right_length():
@@ -234,7 +238,6 @@ def test_a_number_that_is_not_json_never_leaves():
 
 def test_what_is_skipped_is_not_scored_but_says_so():
     served = Served(JSONResponse(vllm_response()))
-    before = count("gnuq_answers_total", route="chat", status="skipped")
     tools = [{"type": "function", "function": {"name": "f"}}]
     asked = REQUEST | {"include_reasoning": False, "tools": tools, "logprobs": True, "return_token_ids": True}
     answer = served.call(json=asked).json()
@@ -245,7 +248,8 @@ def test_what_is_skipped_is_not_scored_but_says_so():
     assert answer == vllm_response()  # logprobs and token ids were the client's own wish
     assert json.loads(served.bodies[0]) == asked
     assert served.service.asked == []
-    assert count("gnuq_answers_total", route="chat", status="skipped") == before + 1
+    (told,) = served.service.told
+    assert (told.context.route, told.result["status"]) == ("chat", "skipped")
 
 
 def test_adapters_are_known_at_the_time_of_the_request():
@@ -442,7 +446,6 @@ class Connection:
 
 @pytest.mark.parametrize("field", [{}, {"uncertainty": True}])
 def test_a_stream_passes_event_by_event_and_ends_with_its_score(field):
-    before = count("gnuq_answers_total", route="chat", status="scored")
     connection = Connection([*map(event, EVENTS), b"data: [DONE]\n\n"], body=REQUEST | field)
     asyncio.run(connection.run())
     # the start, then each event had gone out when the next was made; with the usage went the score
@@ -457,7 +460,6 @@ def test_a_stream_passes_event_by_event_and_ends_with_its_score(field):
     assert done == "data: [DONE]"
     ((answer,),) = connection.service.asked
     assert (answer.prompt_ids, answer.answer_ids) == ([1, 5], [7, 2])
-    assert count("gnuq_answers_total", route="chat", status="scored") == before + 1
     assert not connection.sent[-1].get("more_body")
 
 
@@ -538,3 +540,43 @@ def test_an_error_in_the_app_is_the_apps():
 
     with pytest.raises(KeyError, match="vLLM's own"):
         through(app, request_messages(json.dumps(REQUEST).encode()))
+
+
+def of_choice(index, data):
+    return data | {"choices": [data["choices"][0] | {"index": index}]}
+
+
+def test_a_choice_is_scored_as_soon_as_it_has_finished():
+    """The first one's score is asked for while the second goes on; each gets its own."""
+    service = StandInService()
+    scored = {7: SCORED.replace(id="unc-7"), 8: SCORED.replace(id="unc-8")}
+    asked_then = []
+
+    async def score(answers, options, context):
+        service.asked.append(answers)
+        return [scored[answer.answer_ids[0]].to_dict() for answer in answers]
+
+    service.score = score
+    end = chunk("", 2, finish_reason="stop")
+    messages = [of_choice(0, ROLE), of_choice(1, ROLE), of_choice(1, chunk("Ho", 8)), of_choice(1, end)]
+    messages += [of_choice(0, chunk("Hi", 7)), of_choice(0, end), USAGE]
+    connection = Connection([*map(event, messages), b"data: [DONE]\n\n"], service, REQUEST | {"n": 2})
+
+    async def go():
+        app = connection.app
+
+        async def slowly(scope, receive, send):
+            async def send_on(message):
+                await send(message)
+                await asyncio.sleep(0)
+                asked_then.append(len(service.asked))
+
+            await app(scope, receive, send_on)
+
+        connection.app = slowly
+        await connection.run()
+
+    asyncio.run(go())
+    assert asked_then == [0, 0, 0, 0, 1, 1, 2, 2, 2, 2]
+    closing = connection.events[-3]
+    assert [choice["uncertainty"]["id"] for choice in closing["choices"]] == ["unc-7", "unc-8"]

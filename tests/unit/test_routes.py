@@ -28,7 +28,7 @@ class StandInService(UncertaintyService):
             raise self.results
         return self.results.get(result_id)
 
-    async def score(self, answers, options):
+    async def score(self, answers, options, context):
         self.asked += answers
         status = "scored" if options == RequestOptions() else "pending"
         return [Uncertainty(status=status, id="unc-9").to_dict() for _ in answers]

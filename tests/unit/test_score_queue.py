@@ -85,3 +85,21 @@ def test_whatever_comes_every_answer_is_given_out_once_and_batches_keep_their_si
             assert len(batch) == 1 or len(batch) * max(entry.length for entry in batch) <= 100
             seen += numbers(batch)
         assert sorted(seen) == list(range(len(lengths)))
+
+
+def test_one_more_than_there_are_places_is_refused():
+    queue = ScoreQueue(10, max_queue=3)
+    assert [queue.add("ab"[n % 2], request(n, 10)) for n in range(4)] == [True, True, True, False]
+    assert numbers(queue.next_batch(0)) == [0]
+    assert not queue.add("a", request(4, 10))  # the batch in hand keeps its place
+    queue.done()
+    assert queue.add("a", request(4, 10))
+    queue.cancel("b", 1)
+    assert queue.add("a", request(5, 10))
+    assert [numbers(queue.next_batch(0)) for _ in range(3)] == [[2], [4], [5]]
+
+
+def test_or_waits_for_a_place():
+    queue = ScoreQueue(100, max_queue=2, on_overload="wait")
+    assert all(queue.add("a", request(number, 5)) for number in range(5))
+    assert [numbers(queue.next_batch(0)) for _ in range(3)] == [[0, 1], [2, 3], [4]]

@@ -1,4 +1,5 @@
 import os
+import subprocess
 import sys
 
 import pytest
@@ -65,6 +66,39 @@ def test_serve_keeps_the_environments_config_and_plugins(executed, monkeypatch, 
     assert environment[CONFIG_VARIABLE] == str(config)
 
 
+def test_our_flags_become_variables_and_vllm_gets_its_own(executed):
+    given = ["--gnuq-max-queue", "7", "--no-gnuq-mirror-in-logprobs", "--gnuq-mode=answer_only"]
+    assert cli.main(["serve", "some/model", *given, "--max-num-seqs", "8", "--help=queue"]) == 0
+    ((_, command, environment),) = executed
+    assert command[3:] == ["some/model", "--max-num-seqs", "8", "--help=queue"]
+    names = ("GNUQ_MAX_QUEUE", "GNUQ_MIRROR_IN_LOGPROBS", "GNUQ_MODE")
+    assert [environment[name] for name in names] == ["7", "false", "answer_only"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--gnuq-max-queus=1", "unknown flag --gnuq-max-queus; did you mean '--gnuq-max-queue'"),
+        ("--gnuq_mode", "did you mean '--gnuq-mode'"),
+        ("--no-gnuq-mirror-in-logprob", "did you mean '--no-gnuq-mirror-in-logprobs'"),
+    ],
+)
+def test_an_unknown_flag_of_ours_never_reaches_vllm(executed, capsys, flag, message):
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "some/model", flag])
+    assert message in capsys.readouterr().err
+    assert executed == []
+
+
+def test_help_is_ours_and_tells_of_vllms(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["serve", "some/model", "--help"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert "--gnuq-max-queue" in out
+    assert "--help=all" in out
+
+
 @pytest.mark.parametrize(
     "content", [None, "scorer_thread: 2", "scorer_threads: 0", "- a", "a: [\nb: {", "\t\n- :\n ::"]
 )
@@ -109,3 +143,10 @@ def test_demo_model_prints_its_path_or_the_reason(monkeypatch, capsys):
     monkeypatch.setattr(demo_model, "ensure_demo_model", fails)
     assert cli.main(["demo-model"]) == 1
     assert capsys.readouterr().err == "gnuq-serve: no network\n"
+
+
+def test_the_command_line_needs_the_base_package_alone():
+    heavy = {"torch", "vllm", "starlette", "zmq", "msgspec", "prometheus_client", "scipy", "httpx"}
+    script = f"import gnuq_serve.cli, sys; print(sorted({heavy!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

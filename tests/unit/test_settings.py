@@ -1,12 +1,19 @@
-import pytest
-from pydantic import ValidationError
+import argparse
+import os
+from pathlib import Path
 
+import pytest
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gnuq_serve.service.setting_sources import add_flags, combine, flags_of, from_environment, from_flags
 from gnuq_serve.service.settings import CONFIG_VARIABLE, Settings, SettingsError, load_settings
+from gnuq_serve.service.settings_table import with_table
 
 
 @pytest.fixture(autouse=True)
 def no_variable(monkeypatch):
-    monkeypatch.delenv(CONFIG_VARIABLE, raising=False)
+    for name in [name for name in os.environ if name.startswith("GNUQ_")]:
+        monkeypatch.delenv(name)
 
 
 def written(tmp_path, text):
@@ -87,12 +94,12 @@ def test_mistakes_name_the_file_and_the_key(tmp_path, text, message):
 
 
 def test_several_mistakes_are_told_at_once(tmp_path):
-    with pytest.raises(SettingsError, match=r"scorer_threads: .*; unknown key 'x'"):
+    with pytest.raises(SettingsError, match=r"scorer_threads: .*; .*unknown key 'x'"):
         load_settings(written(tmp_path, "scorer_threads: 0\nx: 1"))
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(SettingsError, match=r"GNUQ_CONFIG=.*absent\.yaml: .*No such file"):
+    with pytest.raises(SettingsError, match=r"--gnuq-config=.*absent\.yaml: .*No such file"):
         load_settings(str(tmp_path / "absent.yaml"))
     with pytest.raises(SettingsError):
         load_settings(str(tmp_path))  # a folder
@@ -108,3 +115,106 @@ def test_a_file_that_is_not_text(tmp_path):
 def test_settings_do_not_change():
     with pytest.raises(ValidationError):
         Settings().scorer_threads = 2
+
+
+def test_flag_before_variable_before_file(tmp_path, monkeypatch):
+    path = written(tmp_path, "scorer_threads: 2\nmax_queue: 2\nkeep_results: 2\nmode: answer_only")
+    monkeypatch.setenv("GNUQ_MAX_QUEUE", "3")
+    monkeypatch.setenv("GNUQ_KEEP_RESULTS", "3")
+    settings = load_settings(path, {"keep_results": "4"})
+    assert (settings.scorer_threads, settings.max_queue, settings.keep_results) == (2, 3, 4)
+    assert settings.mode == "answer_only"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("scorer_threads", "3", 3),
+        ("deadline_seconds", "1.5", 1.5),
+        ("mirror_in_logprobs", "false", False),
+        ("on_overload", "wait", "wait"),
+        ("scorer_model", "123", "123"),  # a text stays one
+        ("scorer_model", "null", None),
+        ("memory_budget", "2GiB", "2GiB"),
+        ("memory_budget", "", None),  # an empty variable says nothing
+    ],
+)
+def test_texts_become_values(monkeypatch, name, text, value):
+    monkeypatch.setenv(f"GNUQ_{name.upper()}", text)
+    assert getattr(load_settings(), name) == value
+    if text:
+        monkeypatch.delenv(f"GNUQ_{name.upper()}")
+        assert getattr(load_settings(None, {name: text}), name) == value
+
+
+class Structured(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    by_name: dict[str, str] = Field({}, description="Paths by name.")
+    policy: dict[str, float] | str | None = Field(None, description="A mapping, or a path, at 100 %.")
+    on: bool = Field(False, description="A switch.")
+
+
+def test_mappings_are_yaml():
+    environment = {"GNUQ_BY_NAME": "{a: x.json, b: y.json}", "GNUQ_POLICY": "{answer: 0.8}"}
+    settings = combine(Structured, from_environment(Structured, environment))
+    assert (settings.by_name, settings.policy) == ({"a": "x.json", "b": "y.json"}, {"answer": 0.8})
+    assert combine(Structured, from_flags(Structured, {"policy": "/a/policy.yaml"})).policy == "/a/policy.yaml"
+    with pytest.raises(SettingsError, match=r"^GNUQ_BY_NAME: not YAML"):
+        from_environment(Structured, {"GNUQ_BY_NAME": "{a: ["})
+    with pytest.raises(SettingsError, match=r"^--gnuq-policy\..*answer: .*number"):
+        combine(Structured, from_flags(Structured, {"policy": "{answer: high}"}))
+
+
+@pytest.mark.parametrize(
+    ("variables", "flags", "message"),
+    [
+        ({"GNUQ_MAX_QUEUES": "1"}, {}, "^unknown variable GNUQ_MAX_QUEUES; did you mean 'GNUQ_MAX_QUEUE'"),
+        ({"GNUQ_MAX_QUEUE": "0"}, {}, "^GNUQ_MAX_QUEUE: .*greater than or equal to 1"),
+        ({"GNUQ_MAX_QUEUE": "0"}, {"max_queue": "-1"}, "^--gnuq-max-queue: "),  # the one that counts
+        ({}, {"mode": "fast"}, "^--gnuq-mode: .*'exact' or 'answer_only'"),
+        ({"GNUQ_OPERATOR_KEY": "short"}, {}, "^GNUQ_OPERATOR_KEY: is too short"),
+    ],
+)
+def test_mistakes_name_the_place(monkeypatch, variables, flags, message):
+    for name, text in variables.items():
+        monkeypatch.setenv(name, text)
+    with pytest.raises(SettingsError, match=message) as caught:
+        load_settings(None, flags)
+    assert "short'" not in str(caught.value)
+
+
+def test_what_kubernetes_and_our_other_commands_set_is_no_mistake(monkeypatch):
+    for name in ("GNUQ_SERVICE_HOST", "GNUQ_SERVE_SERVICE_PORT_HTTP", "GNUQ_PORT", "GNUQ_PORT_8000_TCP_ADDR"):
+        monkeypatch.setenv(name, "tcp://10.0.0.1:8000")
+    monkeypatch.setenv("GNUQ_CACHE", "/tmp")
+    assert load_settings() == Settings()
+
+
+def test_every_field_is_a_documented_flag():
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_flags(parser, Settings)
+    help_text = " ".join(parser.format_help().split())
+    for name, field in Settings.model_fields.items():
+        assert f"--gnuq-{name.replace('_', '-')}" in help_text
+        assert field.description is not None
+        assert field.description.endswith("."), name
+    given = ["--gnuq-max-queue", "7", "--no-gnuq-mirror-in-logprobs", "--gnuq-config", "x.yaml"]
+    assert flags_of(parser.parse_args(given)) == {"max_queue": "7", "mirror_in_logprobs": "false"}
+
+
+def test_a_percent_sign_in_a_description():
+    parser = argparse.ArgumentParser()
+    add_flags(parser, Structured)
+    assert "100 %" in parser.format_help()
+
+
+def test_keys_are_not_shown():
+    settings = load_settings(None, {"operator_key": "0123456789abcdef"})
+    assert settings.operator_key.get_secret_value() == "0123456789abcdef"
+    assert "0123456789" not in repr(settings)
+
+
+def test_the_docs_table_is_the_models():
+    page = Path(__file__).parents[2] / "docs" / "serving.md"
+    text = page.read_text(encoding="utf-8")
+    assert text == with_table(text), f"run: python -m gnuq_serve.service.settings_table {page}"
