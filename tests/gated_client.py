@@ -7,7 +7,8 @@ import json
 from gnuq_serve import Uncertainty
 from gnuq_serve.service.middleware import UncertaintyMiddleware
 from gnuq_serve.service.scorer_client import DeadlineError, QueueFullError, ScorerUnavailableError
-from gnuq_serve.service.service import ServedModel, Server, UncertaintyService
+from gnuq_serve.service.served import ServedModel, Server
+from gnuq_serve.service.service import UncertaintyService
 
 TEXT = "Please ask a person."
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from gnuq_serve.service.service import ServedModel
+from gnuq_serve.service.served import ServedModel
 from gnuq_serve.service.upstream import Model
 
 # What vLLM takes over from a model's generation_config.json.

@@ -22,7 +22,8 @@ from gnuq_serve.service.forward import Forwarder
 from gnuq_serve.service.middleware import UncertaintyMiddleware
 from gnuq_serve.service.request_plan import ROUTES
 from gnuq_serve.service.routes import routes
-from gnuq_serve.service.service import ServedModel, Server, UncertaintyService
+from gnuq_serve.service.served import ServedModel, Server
+from gnuq_serve.service.service import UncertaintyService
 from gnuq_serve.service.upstream import Upstream
 from gnuq_serve.service.upstream_key import UpstreamKey
 

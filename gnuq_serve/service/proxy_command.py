@@ -91,7 +91,8 @@ async def _serve(args: argparse.Namespace, settings: Settings) -> None:
     from gnuq_serve.service.end_marker import thinking_until
     from gnuq_serve.service.proxied_model import differences, read_facts
     from gnuq_serve.service.proxy import proxy_app
-    from gnuq_serve.service.service import ServedModel, Server, UncertaintyService
+    from gnuq_serve.service.served import ServedModel, Server
+    from gnuq_serve.service.service import UncertaintyService
     from gnuq_serve.service.upstream import Upstream
 
     upstream = Upstream(args.upstream, args.upstream_api_key)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,20 @@ import msgspec
 from pydantic import ValidationError
 
 from gnuq_serve.calibration import Calibration
-from gnuq_serve.score_options import ScoreOptions
 from gnuq_serve.service import metrics
-from gnuq_serve.service.answer import Answer, Span, ThinkingLength
+from gnuq_serve.service.answer import Answer, Span
+from gnuq_serve.service.caps import allowed_options
 from gnuq_serve.service.consistency import check_log_probability
 from gnuq_serve.service.decisions import Answered, Decisions
-from gnuq_serve.service.engine_load import EngineLoad
 from gnuq_serve.service.logs import answer_observer
-from gnuq_serve.service.messages import Pong, ScorerConfig, ScorerState
+from gnuq_serve.service.messages import Pong, ScorerState
 from gnuq_serve.service.observation import NO_CONTEXT, Observation, Observers, RequestContext
-from gnuq_serve.service.request_plan import DEFAULT_OPTIONS, AdapterPath, RequestOptions, nowhere
+from gnuq_serve.service.request_plan import DEFAULT_OPTIONS, RequestOptions, nowhere
 from gnuq_serve.service.result_store import ResultStore, ResultStoreError, default_path
 from gnuq_serve.service.rollout import RELOADABLE, Rollout
 from gnuq_serve.service.scorer_client import DeadlineError, QueueFullError, ScorerClient, ScorerUnavailableError
 from gnuq_serve.service.scorer_limits import ScorerLimits
+from gnuq_serve.service.served import ServedModel, Server, scorer_config
 from gnuq_serve.service.settings import Settings, SettingsError, load_settings
 from gnuq_serve.uncertainty import Uncertainty
 
@@ -36,46 +36,6 @@ logger = logging.getLogger(__name__)
 GRAMMAR_WARNING = (
     "a grammar forced tokens: their probability is the plain model's, and is not checked against the engine's"
 )
-
-
-class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
-    """What the engine has loaded; the scorer loads the same."""
-
-    model: str
-    dtype: str
-    revision: str | None = None
-    trust_remote_code: bool = False
-    config_overrides: dict[str, Any] = {}
-    raw_logprobs: bool = True
-    end_of_turn_ids: tuple[int, ...] = ()  # the tokenizer's own first
-
-    def or_instead(self, model: str | None) -> ServedModel:
-        """What the scorer loads: the same, or another checkpoint without this one's revision and overrides."""
-        if model is None or model == self.model:
-            return self
-        return msgspec.structs.replace(self, model=model, revision=None, config_overrides={})
-
-
-class Server(msgspec.Struct, frozen=True, kw_only=True):
-    """What the service knows of the server that it works in; looked up at the time of each request.
-
-    Attributes:
-        name: what tells this server from others of the machine; the same in all its processes.
-        adapters: names of the LoRA adapters that it knows.
-        adapter_path: where one of them is, for the scorer to load.
-        parses: whether it takes answers apart with a tool or reasoning parser; None: not known.
-        sampling_defaults: how it draws answers where a request does not say; None: not known.
-        thinking_length: finds the end of the thinking in an answer; None: there is no reasoning parser.
-        engine_load: requests that wait in the engine; None: unknown, and the scorer can't yield to it.
-    """
-
-    name: str = "default"
-    adapters: Callable[[], Container[str]] = tuple
-    adapter_path: AdapterPath = nowhere
-    parses: Callable[[], bool | None] = lambda: True
-    sampling_defaults: Callable[[], Mapping[str, Any] | None] = lambda: None
-    thinking_length: ThinkingLength | None = None
-    engine_load: EngineLoad | None = None
 
 
 class UncertaintyService:
@@ -113,7 +73,6 @@ class UncertaintyService:
             server: what else there is to know of the server.
         """
         settings = self.settings
-        scored = served.or_instead(settings.scorer_model)
         self.served = served
         self.server = server or self.server
         if settings.scorer_adapters == 0:
@@ -123,23 +82,7 @@ class UncertaintyService:
         if self.rollout.audits is not None:
             self._in_background(self.rollout.audits.show())
         self._client = ScorerClient(
-            ScorerConfig(
-                model=scored.model,
-                served_model=served.model,
-                dtype=served.dtype if settings.scorer_dtype == "auto" else settings.scorer_dtype,
-                device=settings.scorer_device,
-                threads=settings.scorer_threads,
-                mode=settings.mode,
-                max_batch_tokens=settings.max_batch_tokens,
-                memory_budget=settings.memory_budget,
-                revision=scored.revision,
-                trust_remote_code=scored.trust_remote_code,
-                config_overrides=scored.config_overrides,
-                gpu_memory_fraction=settings.scorer_gpu_memory_fraction,
-                max_adapters=settings.scorer_adapters,
-                max_queue=settings.max_queue,
-                on_overload=settings.on_overload,
-            ),
+            scorer_config(settings, served),
             server=self.server.name,
             engine_load=self.server.engine_load if settings.yield_to_engine else None,
             limits=ScorerLimits(
@@ -358,7 +301,9 @@ class UncertaintyService:
             return Uncertainty.skipped(f"prompt and answer have {tokens} tokens (max_score_tokens={most})")
         if self._client is None or self.served is None:
             return Uncertainty.failed("the scorer is not started yet")
-        allowed, warnings = self._allowed(options, tokens, len(span.answer_ids), needs_semantic=semantic)
+        allowed, warnings = allowed_options(
+            self.settings, options, tokens, len(span.answer_ids), needs_semantic=semantic
+        )
         try:
             with metrics.QUEUE.track_inprogress():
                 result = await self._client.score(
@@ -377,29 +322,6 @@ class UncertaintyService:
             return result
         dtypes = (self.served.dtype, self.state.dtype or self.served.dtype)
         return check_log_probability(result, span.log_probability, *dtypes)
-
-    def _allowed(
-        self, options: RequestOptions, tokens: int, answer_tokens: int, *, needs_semantic: bool
-    ) -> tuple[ScoreOptions, list[str]]:
-        """What the scorer is asked to do, and warnings of what the operator does not allow."""
-        settings, warnings = self.settings, []
-        mode, trace, semantic = options.mode or settings.mode, options.trace, options.semantic
-        if mode == "exact" and settings.max_exact_tokens is not None and tokens > settings.max_exact_tokens:
-            mode = "answer_only"
-            warnings.append(
-                f"mode answer_only: prompt and answer have {tokens} tokens "
-                f"(max_exact_tokens={settings.max_exact_tokens})"
-            )
-        if trace and answer_tokens > settings.max_trace_tokens:
-            trace = False
-            warnings.append(
-                f"no trace: the answer has {answer_tokens} tokens (max_trace_tokens={settings.max_trace_tokens})"
-            )
-        if semantic and not settings.allow_semantic:
-            semantic = False
-            warnings.append("no semantic signals: not allowed here (allow_semantic=false)")
-        # What a calibration of the operator's needs is the operator's wish.
-        return ScoreOptions(mode, trace, semantic or needs_semantic), warnings
 
     async def _score_later(
         self, answer: Answer | None, options: RequestOptions, result_id: str, context: RequestContext

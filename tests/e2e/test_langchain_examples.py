@@ -18,24 +18,24 @@ GOLD, FASO = "What is the chemical symbol for gold?", "What is the capital of Bu
 
 
 @pytest.fixture
-def start(server):
-    """``start(script, arguments)``: the example as a process whose streams are pipes."""
+def launch(server):
+    """``launch(script, arguments)``: the example as a process whose streams are pipes."""
 
-    def start(script, *arguments):
+    def launch(script, *arguments):
         env = os.environ | {"GNUQ_BASE_URL": f"{server.base_url}/v1", "GNUQ_API_KEY": KEY}
         command = [sys.executable, EXAMPLES / script, *arguments]
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         return subprocess.Popen(command, env=env, text=True, **pipes)
 
-    return start
+    return launch
 
 
 @pytest.fixture
-def run(start):
+def run(launch):
     """``run(script, arguments, typed)``: what the example prints."""
 
     def run(script, *arguments, typed=""):
-        output, errors = start(script, *arguments).communicate(typed, timeout=300)
+        output, errors = launch(script, *arguments).communicate(typed, timeout=300)
         assert "Traceback" not in errors, errors
         return output
 
@@ -84,10 +84,10 @@ def test_the_small_model_hands_on_what_it_is_unsure_of(run, server):
     assert output.endswith("1 of 2 questions went to the stronger model\n")
 
 
-def test_a_killed_review_is_finished_by_another_process(start, run, tmp_path):
+def test_a_killed_review_is_finished_by_another_process(launch, run, tmp_path):
     """A asks the model, and is killed while a person thinks; B finishes without asking the model again."""
     file = ["--db", str(tmp_path / "review.sqlite"), "--thread", "7"]
-    first = start("human_review.py", *file, FASO)
+    first = launch("human_review.py", *file, FASO)
     before = []
     while not (before and before[-1].startswith("Your answer")):
         line = first.stdout.readline()
@@ -105,4 +105,4 @@ def test_a_killed_review_is_finished_by_another_process(start, run, tmp_path):
     other = [*file[:3], "8"]
     draft = before[0].removeprefix("draft>").strip()
     assert run("human_review.py", *other, FASO, typed="\n").endswith(f"ai> {draft}  [approved]\n")
-    assert "nothing waits" in start("human_review.py", *other).communicate(timeout=60)[1]
+    assert "nothing waits" in launch("human_review.py", *other).communicate(timeout=60)[1]

@@ -159,9 +159,15 @@ def test_float32(model32, samples, scores64):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_is_near_float64(smollm2, samples, scores64, dtype):
+def test_half_precision_is_as_near_float64_as_autograd_is(smollm2, samples, scores64, dtype):
+    """How near that is depends on the CPU's kernels, so plain autograd in the same dtype is the measure."""
     model = load_checkpoint(str(smollm2), dtype=dtype, device="cpu")
     _, batch = run(model, cover(model), samples)
-    furthest = max(abs(math.log(a / e)) for a, (_, e) in zip(batch, scores64, strict=True))
-    print(f"log_grad_norm_sq, {dtype} against float64: {furthest:.4f}")
-    assert furthest <= 0.1
+    plain = Oracle(model, getattr(torch, dtype))
+    plain_batch = [plain.score(s.prompt_ids, s.answer_ids)[1] for s in samples]
+    ours, autograd = (
+        max(abs(math.log(a / e)) for a, (_, e) in zip(norms, scores64, strict=True))
+        for norms in (batch, plain_batch)
+    )
+    print(f"log_grad_norm_sq, {dtype} against float64: {ours:.4f}; plain autograd: {autograd:.4f}")
+    assert ours <= max(0.02, 3 * autograd)  # either is one draw of rounding errors

@@ -20,7 +20,8 @@ from gnuq_serve.service.answer import Answer
 from gnuq_serve.service.messages import ScorerConfig
 from gnuq_serve.service.request_plan import RequestOptions
 from gnuq_serve.service.scorer_client import DeadlineError, ScorerClient, ScorerUnavailableError
-from gnuq_serve.service.service import ServedModel, Server, UncertaintyService
+from gnuq_serve.service.served import ServedModel, Server
+from gnuq_serve.service.service import UncertaintyService
 from gnuq_serve.service.settings import load_settings
 from gnuq_serve.uncertainty import Uncertainty
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def benchmark():
+def script():
     spec = importlib.util.spec_from_file_location("calibration_benchmark", ROOT / "calibration.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -27,21 +27,21 @@ def write(path, rows):
     return path
 
 
-def test_splits_keep_groups_whole_and_lose_nothing(benchmark, tmp_path):
+def test_splits_keep_groups_whole_and_lose_nothing(script, tmp_path):
     rows = [{**row, "group": row.pop("conversation")} for row in scored_rows(120, groups=37)]
-    rows = benchmark.read_rows(write(tmp_path / "r.jsonl", rows))
+    rows = script.read_rows(write(tmp_path / "r.jsonl", rows))
     for seed in range(5):
-        inside, outside = benchmark.split(rows, 60, seed)
+        inside, outside = script.split(rows, 60, seed)
         assert sorted(inside + outside) == list(range(120))
         assert not {rows[at].group for at in inside} & {rows[at].group for at in outside}
         assert 60 <= len(inside) < 64  # groups of three or four
 
 
-def test_rows_that_are_unlabelled_or_unscored_are_left_out(benchmark, tmp_path):
+def test_rows_that_are_unlabelled_or_unscored_are_left_out(script, tmp_path):
     rows = scored_rows(5)
     rows[1]["correct"] = None
     rows[2]["uncertainty"] = {"status": "failed", "reason": "x"}
-    assert len(benchmark.read_rows(write(tmp_path / "r.jsonl", rows))) == 3
+    assert len(script.read_rows(write(tmp_path / "r.jsonl", rows))) == 3
 
 
 def outcomes(better, splits=4, count=300):
@@ -64,8 +64,8 @@ def outcomes(better, splits=4, count=300):
     ]
 
 
-def test_the_paired_interval(benchmark):
-    value, low, high = benchmark.paired_interval(outcomes(better=True), 300)
+def test_the_paired_interval(script):
+    value, low, high = script.paired_interval(outcomes(better=True), 300)
     naive = []
     for one in outcomes(better=True):
         sides = []
@@ -75,29 +75,29 @@ def test_the_paired_interval(benchmark):
         naive.append(sides[0] - sides[1])
     assert value == pytest.approx(np.mean(naive), abs=1e-12)
     assert 0 < low < value < high
-    assert benchmark.paired_interval(outcomes(better=False), 300) == (0.0, 0.0, 0.0)
+    assert script.paired_interval(outcomes(better=False), 300) == (0.0, 0.0, 0.0)
 
 
-def test_what_a_threshold_does_on_the_test_part(benchmark):
+def test_what_a_threshold_does_on_the_test_part(script):
     scores, right = np.array([0.9, 0.8, np.nan, 0.1]), np.array([True, False, True, False])
-    taken = benchmark.answered(scores, right, 0.5, 0.5)
+    taken = script.answered(scores, right, 0.5, 0.5)
     assert taken == {"made": True, "coverage": 0.5, "held": True, "broken": False, "error": 0.5}
-    assert benchmark.answered(scores, right, None, 0.5)["made"] is False
-    assert benchmark.answered(scores, right, 0.95, 0.5)["held"] is None
+    assert script.answered(scores, right, None, 0.5)["made"] is False
+    assert script.answered(scores, right, 0.95, 0.5)["held"] is None
     many = np.ones(200)
     errors = np.array([False] * 50 + [True] * 150)  # 25 % errors: beyond chance for 10 %, not for 24 %
-    assert benchmark.answered(many, errors, 0.5, 0.10)["broken"] is True
-    assert benchmark.answered(many, errors, 0.5, 0.24)["broken"] is False
-    assert benchmark.answered(many, errors, 0.5, 0.24)["held"] is False
+    assert script.answered(many, errors, 0.5, 0.10)["broken"] is True
+    assert script.answered(many, errors, 0.5, 0.24)["broken"] is False
+    assert script.answered(many, errors, 0.5, 0.24)["held"] is False
 
 
-def test_a_set_is_measured_and_printed(benchmark, tmp_path, capsys):
+def test_a_set_is_measured_and_printed(script, tmp_path, capsys):
     rows = scored_rows(240, base=1.0)
     random.Random(0).shuffle(rows)
-    result = benchmark.measure(write(tmp_path / "made_up.rows.jsonl", rows), 2, (0.3,), 0.9)
+    result = script.measure(write(tmp_path / "made_up.rows.jsonl", rows), 2, (0.3,), 0.9)
     assert (result["set"], result["rows"], result["calibrated_on"]) == ("made_up", 240, 190)
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     # One signal tells everything here: nothing is to be gained over it, and hardly anything lost.
     assert abs(result["auroc_difference"]["value"]) < 0.05
-    benchmark.print_tables([result], 0.9)
+    script.print_tables([result], 0.9)
     assert "made_up" in capsys.readouterr().out

@@ -17,7 +17,8 @@ from gnuq_serve.service.decisions import Answered, Decisions
 from gnuq_serve.service.observation import RequestContext
 from gnuq_serve.service.request_plan import DEFAULT_OPTIONS, InvalidRequestError, RequestOptions
 from gnuq_serve.service.routes import routes
-from gnuq_serve.service.service import ServedModel, UncertaintyService
+from gnuq_serve.service.served import ServedModel
+from gnuq_serve.service.service import UncertaintyService
 from gnuq_serve.service.setting_sources import SettingsError
 from gnuq_serve.service.settings import Settings
 

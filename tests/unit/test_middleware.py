@@ -11,7 +11,8 @@ from starlette.routing import Route
 
 from gnuq_serve.service.middleware import UncertaintyMiddleware
 from gnuq_serve.service.observation import Observers
-from gnuq_serve.service.service import Server, UncertaintyService
+from gnuq_serve.service.served import Server
+from gnuq_serve.service.service import UncertaintyService
 from gnuq_serve.service.settings import load_settings
 from gnuq_serve.uncertainty import Uncertainty
 

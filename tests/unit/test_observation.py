@@ -7,7 +7,8 @@ from gnuq_serve.service.answer import Answer
 from gnuq_serve.service.observation import Observation, Observers, RequestContext
 from gnuq_serve.service.request_plan import RequestOptions
 from gnuq_serve.service.scorer_client import QueueFullError
-from gnuq_serve.service.service import ServedModel, UncertaintyService
+from gnuq_serve.service.served import ServedModel
+from gnuq_serve.service.service import UncertaintyService
 from gnuq_serve.service.settings import load_settings
 from gnuq_serve.uncertainty import Uncertainty
 

@@ -8,7 +8,7 @@ import pytest
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
-from gnuq_serve.service.service import ServedModel
+from gnuq_serve.service.served import ServedModel
 from gnuq_serve.vllm.plugin import GnuqPlugin
 
 

@@ -12,7 +12,8 @@ from starlette.routing import Route
 
 from gnuq_serve.service.proxied_model import ModelFacts, differences
 from gnuq_serve.service.proxy import proxy_app
-from gnuq_serve.service.service import ServedModel, Server, UncertaintyService
+from gnuq_serve.service.served import ServedModel, Server
+from gnuq_serve.service.service import UncertaintyService
 from gnuq_serve.service.settings import load_settings
 from gnuq_serve.service.upstream import Model, Upstream, read_waiting
 

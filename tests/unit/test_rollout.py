@@ -19,7 +19,8 @@ from gnuq_serve.service.operator_routes import HEADER
 from gnuq_serve.service.result_store import ResultStore
 from gnuq_serve.service.rollout import SWITCHED_OFF
 from gnuq_serve.service.routes import routes
-from gnuq_serve.service.service import Server, UncertaintyService
+from gnuq_serve.service.served import Server
+from gnuq_serve.service.service import UncertaintyService
 from gnuq_serve.service.settings import Settings, SettingsError, load_settings
 from gnuq_serve.uncertainty import Uncertainty
 
