@@ -9,30 +9,21 @@ from starlette.types import Message, Send
 
 from gnuq_serve.service.accounting import Accounting
 from gnuq_serve.service.hang_up import ClientGoneError
-from gnuq_serve.service.http_messages import json_bytes, with_length
+from gnuq_serve.service.http_messages import json_bytes
 from gnuq_serve.service.response_edit import attach, read_answers
 from gnuq_serve.service.stream_edit import EventSplitter, StreamEditor
+from gnuq_serve.service.whole_response import WholeResponse
 
 logger = logging.getLogger(__name__)
 
 
-class AnnotatedWhole:
-    """Keeps a JSON response until it carries its scores."""
-
-    def __init__(self, accounting: Accounting, send: Send) -> None:
-        self._accounting = accounting
-        self._send = send
-        self._start: Message = {}
-        self._body = bytearray()
+class AnnotatedWhole(WholeResponse):
+    """Keeps a JSON response until it carries its scores. Other kinds of messages pass at once."""
 
     async def __call__(self, message: Message) -> None:
         """Take one message of the response."""
-        if message["type"] == "http.response.start":
-            self._start = message
-        elif message["type"] == "http.response.body":
-            self._body += message.get("body", b"")
-            if not message.get("more_body"):
-                await self._finish(bytes(self._body))
+        if message["type"] in ("http.response.start", "http.response.body"):
+            await super().__call__(message)
         else:
             await self._send(message)
 
@@ -49,8 +40,7 @@ class AnnotatedWhole:
             return
         except Exception:
             logger.exception("a response could not be annotated; it goes out as vLLM made it")
-        await self._send({**self._start, "headers": with_length(self._start["headers"], len(body))})
-        await self._send({"type": "http.response.body", "body": body})
+        await self._out(body)
 
 
 class AnnotatedStream:

@@ -20,6 +20,7 @@ from gnuq_serve.service.hang_up import ClientGoneError
 from gnuq_serve.service.http_messages import error_object, json_bytes, with_length
 from gnuq_serve.service.response_edit import attach, read_answers
 from gnuq_serve.service.stream_edit import EventSplitter, StreamEditor, data_of
+from gnuq_serve.service.whole_response import WholeResponse
 from gnuq_serve.service.withhold import marked, withhold, withhold_events, without_choices
 
 logger = logging.getLogger(__name__)
@@ -31,23 +32,8 @@ _WAITING = b": the answer is held back until it is scored\n\n"
 _WAITING_SECONDS = 5.0
 
 
-class HeldWhole:
+class HeldWhole(WholeResponse):
     """Holds back a JSON response, puts the scores in, and replaces the answers that may not go out."""
-
-    def __init__(self, accounting: Accounting, send: Send) -> None:
-        self._accounting = accounting
-        self._send = send
-        self._start: Message = {}
-        self._body = bytearray()
-
-    async def __call__(self, message: Message) -> None:
-        """Take one message of the response; those of unknown types are dropped."""
-        if message["type"] == "http.response.start":
-            self._start = message
-        elif message["type"] == "http.response.body":
-            self._body += message.get("body", b"")
-            if not message.get("more_body"):
-                await self._finish(bytes(self._body))
 
     async def _finish(self, body: bytes) -> None:
         accounting, results = self._accounting, None
@@ -57,13 +43,13 @@ class HeldWhole:
                 return
             answers = read_answers(accounting.plan, response, accounting.thinking_length)
             results = await accounting.of(answers)
-            await self._out(self._start["status"], self._edited(response, results))
+            await self._out(self._edited(response, results))
         except ClientGoneError:
             return
         except Exception:
             logger.exception("a response could not be judged")
             if accounting.passes_unjudged(results):
-                await self._out(self._start["status"], body)
+                await self._out(body)
             else:
                 await refuse(self._start, self._send)
 
@@ -76,11 +62,6 @@ class HeldWhole:
             text = accounting.settings.abstain_text
             response = withhold(plan, response, results, verdicts, text=text, mirror=mirror)
         return json_bytes(response)
-
-    async def _out(self, status: int, body: bytes) -> None:
-        headers = with_length(self._start["headers"], len(body))
-        await self._send({**self._start, "status": status, "headers": headers})
-        await self._send({"type": "http.response.body", "body": body})
 
 
 class HeldStream:
