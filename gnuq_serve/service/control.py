@@ -7,7 +7,6 @@ from the next request on, whichever process takes it.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import logging
 import os
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from gnuq_serve.service.private_folder import PrivateFolderError, private_folder
+from gnuq_serve.service.private_folder import PrivateFolderError, private_file
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +53,8 @@ class Control:
     @classmethod
     def of(cls, server: str) -> Control:
         """The state of a server, told from others of the machine by its name."""
-        name = f"control-{hashlib.sha256(server.encode()).hexdigest()[:16]}.json"
         try:
-            return cls(private_folder() / name)
+            return cls(private_file("control", server, ".json"))
         except (OSError, PrivateFolderError) as error:
             logger.error("switch and reload reach one API server process only: %s", error)
             return cls(None)

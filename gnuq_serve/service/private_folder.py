@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 import tempfile
@@ -27,6 +28,21 @@ def private_folder() -> Path:
     folder = private_path()
     make_private(folder)
     return folder
+
+
+def private_file(kind: str, server: str, suffix: str) -> Path:
+    """A file for one server, the same for all its processes, in that folder.
+
+    Args:
+        kind: what the file is for.
+        server: what tells this server from others of the machine, such as its address.
+        suffix: of its name, with the dot.
+
+    Raises:
+        PrivateFolderError: the folder belongs to another user, or others may enter it.
+        OSError: it can't be made.
+    """
+    return private_folder() / f"{kind}-{hashlib.sha256(server.encode()).hexdigest()[:16]}{suffix}"
 
 
 def make_private(folder: Path) -> None:

@@ -6,7 +6,6 @@ It holds numbers, reasons and warnings; never a prompt or an answer.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import sqlite3
 import time
@@ -14,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gnuq_serve.service.private_folder import PrivateFolderError, private_folder
+from gnuq_serve.service.private_folder import PrivateFolderError, private_file
 from gnuq_serve.service.sqlite_file import SQLiteFile
 
 _T = TypeVar("_T")
@@ -132,7 +131,6 @@ def default_path(server: str) -> Path:
         ResultStoreError: the folder is somebody else's.
     """
     try:
-        folder = private_folder()
+        return private_file("results", server, ".sqlite")
     except PrivateFolderError as error:
         raise ResultStoreError(f"{error}: name another file in results_path") from error
-    return folder / f"results-{hashlib.sha256(server.encode()).hexdigest()[:16]}.sqlite"
