@@ -311,8 +311,9 @@ def test_stop_while_it_loads(model_path, own_temp_folder):
     wait_until(lambda: set(scorers()) - running.before, 30)
     process = running.process
     waiting = running.ask(running.service.score([Answer(*SAMPLES[0])]))
-    running.stop()
+    running.call(running.service.stop())
     assert waiting.result(10)[0]["status"] == "failed"
+    running.stop()  # its loop too, which the answer needed
     assert gone(process.pid)
     assert left_in(own_temp_folder) == []
 
