@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 
 from gnuq_serve.calibration.arguments import add_calibrate
-from gnuq_serve.service.proxy_command import add_proxy
-from gnuq_serve.service.recalibrate_command import add_recalibrate
-from gnuq_serve.service.setting_sources import add_flags, flags_of, unknown_flag
-from gnuq_serve.service.settings import Settings
+from gnuq_serve.service.operator.recalibrate_command import add_recalibrate
+from gnuq_serve.service.proxy.command import add_proxy
+from gnuq_serve.service.settings.model import Settings
+from gnuq_serve.service.settings.sources import add_flags, flags_of, unknown_flag
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             serve_model(rest, args.gnuq_config, flags_of(args))
         elif args.command == "proxy":
-            from gnuq_serve.service.proxy_command import run as run_proxy
+            from gnuq_serve.service.proxy.command import run as run_proxy
 
             return run_proxy(args)
         elif args.command == "calibrate":
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return run(args)
         elif args.command == "recalibrate":
-            from gnuq_serve.service.recalibrate_command import run as recalibrate
+            from gnuq_serve.service.operator.recalibrate_command import run as recalibrate
 
             return recalibrate(args)
         elif args.command == "check":

@@ -6,7 +6,7 @@ import json
 
 from gnuq_serve import Uncertainty
 from gnuq_serve.service.middleware import UncertaintyMiddleware
-from gnuq_serve.service.scorer_client import DeadlineError, QueueFullError, ScorerUnavailableError
+from gnuq_serve.service.scorer.client import DeadlineError, QueueFullError, ScorerUnavailableError
 from gnuq_serve.service.served import ServedModel, Server
 from gnuq_serve.service.service import UncertaintyService
 

@@ -10,9 +10,9 @@ from typing import Any, Self
 
 from gnuq_serve.calibration import Calibration, CalibrationError
 from gnuq_serve.policy import Policy
-from gnuq_serve.service.request_plan import InvalidRequestError
-from gnuq_serve.service.setting_sources import SettingsError
-from gnuq_serve.service.settings import Settings
+from gnuq_serve.service.requests.request_plan import InvalidRequestError
+from gnuq_serve.service.settings.model import Settings
+from gnuq_serve.service.settings.sources import SettingsError
 from gnuq_serve.uncertainty import Mode, Uncertainty
 
 logger = logging.getLogger(__name__)

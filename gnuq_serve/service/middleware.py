@@ -11,17 +11,17 @@ from http import HTTPStatus
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gnuq_serve.service import metrics
-from gnuq_serve.service.accounting import Accounting
-from gnuq_serve.service.annotated_response import AnnotatedStream, AnnotatedWhole
-from gnuq_serve.service.gate import check_request
-from gnuq_serve.service.held_response import HeldStream, HeldUnknown, HeldWhole
 from gnuq_serve.service.http_messages import bad_request, error_response, is_of, replay, with_length
-from gnuq_serve.service.observation import RequestContext
-from gnuq_serve.service.request_body import BodyTooLargeError, read_body
-from gnuq_serve.service.request_plan import ROUTES, InvalidRequestError, plan_request
+from gnuq_serve.service.requests.request_body import BodyTooLargeError, read_body
+from gnuq_serve.service.requests.request_plan import ROUTES, InvalidRequestError, plan_request
+from gnuq_serve.service.requests.unscored_routes import OTHER, answering_route
+from gnuq_serve.service.responses.accounting import Accounting
+from gnuq_serve.service.responses.annotated_response import AnnotatedStream, AnnotatedWhole
+from gnuq_serve.service.responses.gate import check_request
+from gnuq_serve.service.responses.held_response import HeldStream, HeldUnknown, HeldWhole
+from gnuq_serve.service.seeing import metrics
+from gnuq_serve.service.seeing.observation import RequestContext
 from gnuq_serve.service.service import UncertaintyService
-from gnuq_serve.service.unscored_routes import OTHER, answering_route
 
 _REFUSED = (
     "this route answers without an uncertainty, and this server lets no such answer through; use "

@@ -12,16 +12,16 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from gnuq_serve.service.given_answer import GivenAnswer
 from gnuq_serve.service.hang_up import ClientGoneError, unless_gone
 from gnuq_serve.service.http_messages import bad_request
-from gnuq_serve.service.observation import RequestContext
-from gnuq_serve.service.operator_routes import error_response, operator_routes, unknown_id
-from gnuq_serve.service.request_body import BodyTooLargeError, read_body
-from gnuq_serve.service.request_plan import ADAPTER_NOT_LOADED, InvalidRequestError
+from gnuq_serve.service.operator.routes import error_response, operator_routes, unknown_id
+from gnuq_serve.service.requests.given_answer import GivenAnswer
+from gnuq_serve.service.requests.request_body import BodyTooLargeError, read_body
+from gnuq_serve.service.requests.request_plan import ADAPTER_NOT_LOADED, InvalidRequestError
+from gnuq_serve.service.requests.tokenize import tokenize_in
 from gnuq_serve.service.result_store import ResultStoreError
+from gnuq_serve.service.seeing.observation import RequestContext
 from gnuq_serve.service.service import UncertaintyService
-from gnuq_serve.service.tokenize import tokenize_in
 
 logger = logging.getLogger(__name__)
 

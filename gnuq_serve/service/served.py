@@ -8,10 +8,10 @@ from typing import Any
 import msgspec
 
 from gnuq_serve.service.answer import ThinkingLength
-from gnuq_serve.service.engine_load import EngineLoad
-from gnuq_serve.service.messages import ScorerConfig
-from gnuq_serve.service.request_plan import AdapterPath, nowhere
-from gnuq_serve.service.settings import Settings
+from gnuq_serve.service.requests.request_plan import AdapterPath, nowhere
+from gnuq_serve.service.scorer.engine_load import EngineLoad
+from gnuq_serve.service.scorer.messages import ScorerConfig
+from gnuq_serve.service.settings.model import Settings
 
 
 class ServedModel(msgspec.Struct, frozen=True, kw_only=True):

@@ -14,21 +14,21 @@ import msgspec
 from pydantic import ValidationError
 
 from gnuq_serve.calibration import Calibration
-from gnuq_serve.service import metrics
 from gnuq_serve.service.answer import Answer, Span
-from gnuq_serve.service.caps import allowed_options
 from gnuq_serve.service.consistency import check_log_probability
 from gnuq_serve.service.decisions import Answered, Decisions
-from gnuq_serve.service.logs import answer_observer
-from gnuq_serve.service.messages import Pong, ScorerState
-from gnuq_serve.service.observation import NO_CONTEXT, Observation, Observers, RequestContext
-from gnuq_serve.service.request_plan import DEFAULT_OPTIONS, RequestOptions, nowhere
+from gnuq_serve.service.operator.rollout import RELOADABLE, Rollout
+from gnuq_serve.service.requests.caps import allowed_options
+from gnuq_serve.service.requests.request_plan import DEFAULT_OPTIONS, RequestOptions, nowhere
 from gnuq_serve.service.result_store import ResultStore, ResultStoreError, default_path
-from gnuq_serve.service.rollout import RELOADABLE, Rollout
-from gnuq_serve.service.scorer_client import DeadlineError, QueueFullError, ScorerClient, ScorerUnavailableError
-from gnuq_serve.service.scorer_limits import ScorerLimits
+from gnuq_serve.service.scorer.client import DeadlineError, QueueFullError, ScorerClient, ScorerUnavailableError
+from gnuq_serve.service.scorer.limits import ScorerLimits
+from gnuq_serve.service.scorer.messages import Pong, ScorerState
+from gnuq_serve.service.seeing import metrics
+from gnuq_serve.service.seeing.logs import answer_observer
+from gnuq_serve.service.seeing.observation import NO_CONTEXT, Observation, Observers, RequestContext
 from gnuq_serve.service.served import ServedModel, Server, scorer_config
-from gnuq_serve.service.settings import Settings, SettingsError, load_settings
+from gnuq_serve.service.settings.model import Settings, SettingsError, load_settings
 from gnuq_serve.uncertainty import Uncertainty
 
 logger = logging.getLogger(__name__)

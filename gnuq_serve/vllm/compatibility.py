@@ -24,8 +24,8 @@ from typing import Any
 
 import httpx
 
-from gnuq_serve.service.request_plan import ROUTES
-from gnuq_serve.service.unscored_routes import OTHER, answering_route
+from gnuq_serve.service.requests.request_plan import ROUTES
+from gnuq_serve.service.requests.unscored_routes import OTHER, answering_route
 from gnuq_serve.vllm import relied_on
 
 _KEY = "a-key-for-this-check"

@@ -25,8 +25,8 @@ def guard() -> None:
         return
     try:
         from gnuq_serve.service.decisions import Decisions
-        from gnuq_serve.service.gate import check_environment
-        from gnuq_serve.service.settings import load_settings
+        from gnuq_serve.service.responses.gate import check_environment
+        from gnuq_serve.service.settings.model import load_settings
 
         settings = load_settings()
         check_environment(settings)

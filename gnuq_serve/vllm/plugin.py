@@ -8,13 +8,13 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
-from gnuq_serve.service.gate import check_environment
-from gnuq_serve.service.logs import configure_logging
 from gnuq_serve.service.middleware import UncertaintyMiddleware
+from gnuq_serve.service.responses.gate import check_environment
 from gnuq_serve.service.routes import routes
+from gnuq_serve.service.seeing.logs import configure_logging
+from gnuq_serve.service.seeing.telemetry import span_observer
 from gnuq_serve.service.service import UncertaintyService
-from gnuq_serve.service.settings import load_settings
-from gnuq_serve.service.telemetry import span_observer
+from gnuq_serve.service.settings.model import load_settings
 from gnuq_serve.vllm.served_model import served_model, server
 
 logger = logging.getLogger(__name__)

@@ -9,9 +9,9 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 
 from gnuq_serve.service.decisions import Decisions
-from gnuq_serve.service.gate import check_environment
-from gnuq_serve.service.setting_sources import variable
-from gnuq_serve.service.settings import CONFIG_VARIABLE, check_paths, load_settings
+from gnuq_serve.service.responses.gate import check_environment
+from gnuq_serve.service.settings.model import CONFIG_VARIABLE, check_paths, load_settings
+from gnuq_serve.service.settings.sources import variable
 
 _ON_BY_DEFAULT = (
     "vllm.general_plugins",

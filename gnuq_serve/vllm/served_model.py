@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
 
-from gnuq_serve.service.engine_load import waiting_in_this_server
+from gnuq_serve.service.scorer.engine_load import waiting_in_this_server
 from gnuq_serve.service.served import ServedModel, Server
 from gnuq_serve.vllm.thinking import ThinkingFinder
 

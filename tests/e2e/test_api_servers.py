@@ -23,8 +23,8 @@ from live_server import (
 )
 from made_calibration import made_calibration, promise, saved
 
-from gnuq_serve.service.label_store import read_labels
-from gnuq_serve.service.scorer_folder import ScorerFolder
+from gnuq_serve.service.operator.label_store import read_labels
+from gnuq_serve.service.scorer.folder import ScorerFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 

@@ -31,8 +31,8 @@ from live_server import (
 from made_calibration import saved
 
 from gnuq_serve.calibration.artefact import LogisticScore, Seen
-from gnuq_serve.service.request_plan import ROUTES
-from gnuq_serve.service.unscored_routes import SILENT
+from gnuq_serve.service.requests.request_plan import ROUTES
+from gnuq_serve.service.requests.unscored_routes import SILENT
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 

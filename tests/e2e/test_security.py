@@ -12,7 +12,7 @@ from live_server import BODIES, HEADERS, ask, ask_for, ask_streamed, scorer_of
 from gnuq_serve.service.result_store import default_path
 from gnuq_serve.service.routes import routes
 from gnuq_serve.service.service import UncertaintyService
-from gnuq_serve.service.settings import load_settings
+from gnuq_serve.service.settings.model import load_settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 

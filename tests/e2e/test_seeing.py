@@ -8,7 +8,7 @@ import pytest
 from live_server import CHAT, HEADERS, families, sample
 from prometheus_client.metrics import MetricWrapperBase
 
-from gnuq_serve.service import metrics
+from gnuq_serve.service.seeing import metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 

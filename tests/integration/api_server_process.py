@@ -9,11 +9,11 @@ import json
 import sys
 
 from gnuq_serve.service.answer import Answer
-from gnuq_serve.service.request_plan import RequestOptions
-from gnuq_serve.service.scorer_errors import ScorerUnavailableError
+from gnuq_serve.service.requests.request_plan import RequestOptions
+from gnuq_serve.service.scorer.errors import ScorerUnavailableError
 from gnuq_serve.service.served import ServedModel, Server
 from gnuq_serve.service.service import UncertaintyService
-from gnuq_serve.service.settings import load_settings
+from gnuq_serve.service.settings.model import load_settings
 
 
 async def main():

@@ -17,12 +17,12 @@ import pytest
 
 from gnuq_serve.scorer import Sample, Scorer
 from gnuq_serve.service.answer import Answer
-from gnuq_serve.service.messages import ScorerConfig
-from gnuq_serve.service.request_plan import RequestOptions
-from gnuq_serve.service.scorer_client import DeadlineError, ScorerClient, ScorerUnavailableError
+from gnuq_serve.service.requests.request_plan import RequestOptions
+from gnuq_serve.service.scorer.client import DeadlineError, ScorerClient, ScorerUnavailableError
+from gnuq_serve.service.scorer.messages import ScorerConfig
 from gnuq_serve.service.served import ServedModel, Server
 from gnuq_serve.service.service import UncertaintyService
-from gnuq_serve.service.settings import load_settings
+from gnuq_serve.service.settings.model import load_settings
 from gnuq_serve.uncertainty import Uncertainty
 
 VOCABULARY = 97
@@ -401,7 +401,7 @@ def test_a_scorer_that_cannot_start_ends_in_order(tmp_path):
     """With its reason and exit code 1; an abort of the interpreter would fill the server's log."""
     config = ScorerConfig(endpoint=f"ipc://{tmp_path}/s", model=str(tmp_path), served_model=str(tmp_path))
     with subprocess.Popen(
-        [sys.executable, "-m", "gnuq_serve.service.scorer_process", str(tmp_path)],
+        [sys.executable, "-m", "gnuq_serve.service.scorer.process", str(tmp_path)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -471,8 +471,8 @@ def test_scorer_model_with_another_vocabulary(model_path, tmp_path):
 
 PARENT = """
 import asyncio, sys
-from gnuq_serve.service.messages import ScorerConfig
-from gnuq_serve.service.scorer_client import ScorerClient
+from gnuq_serve.service.scorer.messages import ScorerConfig
+from gnuq_serve.service.scorer.client import ScorerClient
 import psutil
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from gnuq_serve.service.request_plan import ROUTES
-from gnuq_serve.service.unscored_routes import ANSWERING, OTHER, SILENT, answering_route
+from gnuq_serve.service.requests.request_plan import ROUTES
+from gnuq_serve.service.requests.unscored_routes import ANSWERING, OTHER, SILENT, answering_route
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 

@@ -4,10 +4,10 @@ import pytest
 from test_response_edit import CHAT, TEXT, chat_response, text_response
 from test_stream_edit import PLAIN, THINKING, TOOL, edited, vllm_events
 
-from gnuq_serve.service.given_answer import GivenAnswer
-from gnuq_serve.service.reasons import reason_code
-from gnuq_serve.service.request_plan import plan_request
-from gnuq_serve.service.response_edit import read_answers
+from gnuq_serve.service.requests.given_answer import GivenAnswer
+from gnuq_serve.service.requests.request_plan import plan_request
+from gnuq_serve.service.responses.response_edit import read_answers
+from gnuq_serve.service.seeing.reasons import reason_code
 
 MESSAGES = CHAT["messages"]
 

@@ -3,7 +3,7 @@ import threading
 
 import pytest
 
-from gnuq_serve.service.control import Control, ControlError, ControlState
+from gnuq_serve.service.operator.control import Control, ControlError, ControlState
 
 
 def test_nothing_said(tmp_path):

@@ -14,13 +14,13 @@ from gnuq_serve import Uncertainty
 from gnuq_serve.calibration.artefact import LogisticScore, Seen
 from gnuq_serve.service.answer import Answer
 from gnuq_serve.service.decisions import Answered, Decisions
-from gnuq_serve.service.observation import RequestContext
-from gnuq_serve.service.request_plan import DEFAULT_OPTIONS, InvalidRequestError, RequestOptions
+from gnuq_serve.service.requests.request_plan import DEFAULT_OPTIONS, InvalidRequestError, RequestOptions
 from gnuq_serve.service.routes import routes
+from gnuq_serve.service.seeing.observation import RequestContext
 from gnuq_serve.service.served import ServedModel
 from gnuq_serve.service.service import UncertaintyService
-from gnuq_serve.service.setting_sources import SettingsError
-from gnuq_serve.service.settings import Settings
+from gnuq_serve.service.settings.model import Settings
+from gnuq_serve.service.settings.sources import SettingsError
 
 
 def settings(**fields):

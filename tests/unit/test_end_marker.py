@@ -1,6 +1,6 @@
 import pytest
 
-from gnuq_serve.service.end_marker import thinking_until
+from gnuq_serve.service.proxy.end_marker import thinking_until
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import sys
 import pytest
 from prometheus_client import CollectorRegistry, Gauge
 
-from gnuq_serve.service.engine_load import WAITING, waiting_in_this_server
+from gnuq_serve.service.scorer.engine_load import WAITING, waiting_in_this_server
 
 # An API server process as vLLM's: it reports what the engine told it, then works on.
 PROCESS = """

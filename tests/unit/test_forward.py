@@ -12,8 +12,8 @@ import pytest
 from local_server import serving
 
 from gnuq_serve.managed_server import HOST, free_port
-from gnuq_serve.service.forward import Forwarder, end_to_end
-from gnuq_serve.service.proxy import BadGateway
+from gnuq_serve.service.proxy.app import BadGateway
+from gnuq_serve.service.proxy.forward import Forwarder, end_to_end
 
 COMPRESSED = gzip.compress(b"x" * 1000)
 

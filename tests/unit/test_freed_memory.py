@@ -7,7 +7,7 @@ import pytest
 # In a process of its own: what other tests left in the heap would count too.
 SCRIPT = """
 import ctypes, psutil
-from gnuq_serve.service.freed_memory import give_back
+from gnuq_serve.service.scorer.freed_memory import give_back
 
 # Blocks too small for a mapping of their own, with one in between that keeps the heap from shrinking by itself.
 libc = ctypes.CDLL(None)

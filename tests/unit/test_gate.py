@@ -11,8 +11,8 @@ from made_calibration import saved
 from prometheus_client import REGISTRY
 
 from gnuq_serve.calibration.artefact import Seen
-from gnuq_serve.service.settings import Settings
-from gnuq_serve.service.unscored_routes import ANSWERING
+from gnuq_serve.service.requests.unscored_routes import ANSWERING
+from gnuq_serve.service.settings.model import Settings
 
 CASES = 80
 

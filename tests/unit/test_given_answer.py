@@ -2,8 +2,8 @@ import asyncio
 
 import pytest
 
-from gnuq_serve.service.given_answer import GivenAnswer
-from gnuq_serve.service.request_plan import InvalidRequestError, RequestOptions
+from gnuq_serve.service.requests.given_answer import GivenAnswer
+from gnuq_serve.service.requests.request_plan import InvalidRequestError, RequestOptions
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 END, OTHER_END = 2, 3

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from prometheus_client.metrics import MetricWrapperBase
 
-from gnuq_serve.service import metrics, reasons
-from gnuq_serve.service.messages import ScorerStatus
+from gnuq_serve.service.scorer.messages import ScorerStatus
+from gnuq_serve.service.seeing import metrics, reasons
 from gnuq_serve.uncertainty import Status
 
 FOLDER = Path(__file__).parents[2] / "integrations" / "grafana"

@@ -10,11 +10,11 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from prometheus_client import REGISTRY
 
-from gnuq_serve.service import held_response
-from gnuq_serve.service.gate import check_environment, withheld
-from gnuq_serve.service.held_response import HeldStream
-from gnuq_serve.service.setting_sources import SettingsError
-from gnuq_serve.service.settings import Settings
+from gnuq_serve.service.responses import held_response
+from gnuq_serve.service.responses.gate import check_environment, withheld
+from gnuq_serve.service.responses.held_response import HeldStream
+from gnuq_serve.service.settings.model import Settings
+from gnuq_serve.service.settings.sources import SettingsError
 
 POLICY = {"signal": "normalized.probability", "answer": 0.8, "escalate": 0.01, "otherwise": "human"}
 GATED = {"on_uncertain": "abstain", "on_failure": "closed", "policy": POLICY, "abstain_text": TEXT}

@@ -3,8 +3,8 @@ import json
 import pytest
 
 from gnuq_serve.calibration.audit import AuditTest
-from gnuq_serve.service.audit_watch import audit_reports
-from gnuq_serve.service.label_store import LabelledAnswer, LabelStore, LabelStoreError, read_labels
+from gnuq_serve.service.operator.audit_watch import audit_reports
+from gnuq_serve.service.operator.label_store import LabelledAnswer, LabelStore, LabelStoreError, read_labels
 
 
 def answer(number, **changes):

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from gnuq_serve.service.logs import JsonFormatter, TextFormatter, answer_observer
-from gnuq_serve.service.observation import Observation, RequestContext
+from gnuq_serve.service.seeing.logs import JsonFormatter, TextFormatter, answer_observer
+from gnuq_serve.service.seeing.observation import Observation, RequestContext
 from gnuq_serve.uncertainty import Uncertainty
 
 SCORED = Uncertainty(id="unc-1", status="scored", mode="exact", tokens=2, log_probability=-1.5, decision="answer")
@@ -95,8 +95,8 @@ def configured(before):
     """What standard error shows of a debug, an info and an answer's line in a fresh process."""
     program = f"""
 import logging
-from gnuq_serve.service.logs import configure_logging, answer_observer
-from gnuq_serve.service.observation import Observation
+from gnuq_serve.service.seeing.logs import configure_logging, answer_observer
+from gnuq_serve.service.seeing.observation import Observation
 {before}
 configure_logging("info", "json")
 logging.getLogger("gnuq_serve.x").info("the scorer is ready")

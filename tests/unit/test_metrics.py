@@ -5,9 +5,9 @@ import pytest
 from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from gnuq_serve.service import metrics
-from gnuq_serve.service.messages import ScorerState
-from gnuq_serve.service.observation import Observation, RequestContext
+from gnuq_serve.service.scorer.messages import ScorerState
+from gnuq_serve.service.seeing import metrics
+from gnuq_serve.service.seeing.observation import Observation, RequestContext
 from gnuq_serve.uncertainty import Uncertainty
 
 CHAT = RequestContext(route="chat")
@@ -112,9 +112,9 @@ def test_the_scorers_state_is_one_of_all_and_restarts_are_counted(change):
 # One of several API server processes; what it tells is the same in each.
 PROCESS = """
 import sys
-from gnuq_serve.service import metrics
-from gnuq_serve.service.messages import ScorerState
-from gnuq_serve.service.observation import Observation, RequestContext
+from gnuq_serve.service.seeing import metrics
+from gnuq_serve.service.scorer.messages import ScorerState
+from gnuq_serve.service.seeing.observation import Observation, RequestContext
 from gnuq_serve.uncertainty import Uncertainty
 
 metrics.QUEUE_LIMIT.set(16)

@@ -10,10 +10,10 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from gnuq_serve.service.middleware import UncertaintyMiddleware
-from gnuq_serve.service.observation import Observers
+from gnuq_serve.service.seeing.observation import Observers
 from gnuq_serve.service.served import Server
 from gnuq_serve.service.service import UncertaintyService
-from gnuq_serve.service.settings import load_settings
+from gnuq_serve.service.settings.model import load_settings
 from gnuq_serve.uncertainty import Uncertainty
 
 CHAT = "/v1/chat/completions"

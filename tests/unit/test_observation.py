@@ -4,12 +4,12 @@ import hashlib
 import pytest
 
 from gnuq_serve.service.answer import Answer
-from gnuq_serve.service.observation import Observation, Observers, RequestContext
-from gnuq_serve.service.request_plan import RequestOptions
-from gnuq_serve.service.scorer_client import QueueFullError
+from gnuq_serve.service.requests.request_plan import RequestOptions
+from gnuq_serve.service.scorer.client import QueueFullError
+from gnuq_serve.service.seeing.observation import Observation, Observers, RequestContext
 from gnuq_serve.service.served import ServedModel
 from gnuq_serve.service.service import UncertaintyService
-from gnuq_serve.service.settings import load_settings
+from gnuq_serve.service.settings.model import load_settings
 from gnuq_serve.uncertainty import Uncertainty
 
 SCORED = Uncertainty(status="scored", mode="exact", span="answer", tokens=2, log_probability=-1.5, seconds=0.25)

@@ -1,6 +1,6 @@
 import pytest
 
-from gnuq_serve.service.proxied_model import _read_facts
+from gnuq_serve.service.proxy.proxied_model import _read_facts
 from gnuq_serve.weights.checkpoint import CheckpointError
 
 

@@ -10,12 +10,12 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Route
 
-from gnuq_serve.service.proxied_model import ModelFacts, differences
-from gnuq_serve.service.proxy import proxy_app
+from gnuq_serve.service.proxy.app import proxy_app
+from gnuq_serve.service.proxy.proxied_model import ModelFacts, differences
+from gnuq_serve.service.proxy.upstream import Model, Upstream, read_waiting
 from gnuq_serve.service.served import ServedModel, Server
 from gnuq_serve.service.service import UncertaintyService
-from gnuq_serve.service.settings import load_settings
-from gnuq_serve.service.upstream import Model, Upstream, read_waiting
+from gnuq_serve.service.settings.model import load_settings
 
 KEY = {"authorization": "Bearer right"}
 WRONG = {"authorization": "Bearer wrong"}

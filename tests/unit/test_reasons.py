@@ -7,11 +7,11 @@ import pytest
 
 import gnuq_serve
 from gnuq_serve.service.consistency import check_log_probability
-from gnuq_serve.service.reasons import OTHER, reason_code, warning_code
+from gnuq_serve.service.seeing.reasons import OTHER, reason_code, warning_code
 from gnuq_serve.uncertainty import Uncertainty
 
 PACKAGE = Path(gnuq_serve.__file__).parent
-SOURCES = [path for path in (PACKAGE / "service").glob("*.py") if path.name != "proxied_model.py"]
+SOURCES = [path for path in (PACKAGE / "service").rglob("*.py") if path.name != "proxied_model.py"]
 SOURCES += [PACKAGE / "scorer.py", PACKAGE / "uncertainty.py"]
 SOURCES += [PACKAGE / "gradnorm" / "runner.py", PACKAGE / "calibration" / "artefact.py"]
 REASON_CALLS = {"skipped", "failed", "skip", "OutOfMemory", "close"}

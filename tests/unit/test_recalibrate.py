@@ -10,7 +10,7 @@ from scored_rows import scored_rows, write
 from gnuq_serve import Calibration, Uncertainty
 from gnuq_serve.calibration.rows import Row
 from gnuq_serve.cli import main
-from gnuq_serve.service.label_store import LabelledAnswer, LabelStore
+from gnuq_serve.service.operator.label_store import LabelledAnswer, LabelStore
 
 pytest.importorskip("sklearn")
 pytestmark = pytest.mark.usefixtures("in_empty_folder")

@@ -12,10 +12,10 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from gnuq_serve.service.middleware import UncertaintyMiddleware
-from gnuq_serve.service.request_body import BodyTooLargeError, read_body
+from gnuq_serve.service.requests.request_body import BodyTooLargeError, read_body
 from gnuq_serve.service.routes import routes
 from gnuq_serve.service.service import UncertaintyService
-from gnuq_serve.service.settings import load_settings
+from gnuq_serve.service.settings.model import load_settings
 
 LIMIT = 100
 

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 
-from gnuq_serve.service.request_plan import ROUTES, InvalidRequestError, RequestOptions, plan_request
+from gnuq_serve.service.requests.request_plan import ROUTES, InvalidRequestError, RequestOptions, plan_request
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "temperature": 0.5}
 TEXT = {"model": "m", "prompt": "Hi", "max_tokens": 4}

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from gnuq_serve.service.request_plan import plan_request
-from gnuq_serve.service.response_edit import attach, read_answers
+from gnuq_serve.service.requests.request_plan import plan_request
+from gnuq_serve.service.responses.response_edit import attach, read_answers
 from gnuq_serve.uncertainty import Uncertainty
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}

@@ -10,18 +10,19 @@ import pytest
 from made_calibration import made_calibration, saved
 from starlette.applications import Starlette
 
-from gnuq_serve.service import audit_watch, metrics
 from gnuq_serve.service.answer import Answer
-from gnuq_serve.service.control import Control
-from gnuq_serve.service.label_store import read_labels
-from gnuq_serve.service.observation import RequestContext
-from gnuq_serve.service.operator_routes import HEADER
+from gnuq_serve.service.operator import audit_watch
+from gnuq_serve.service.operator.control import Control
+from gnuq_serve.service.operator.label_store import read_labels
+from gnuq_serve.service.operator.rollout import SWITCHED_OFF
+from gnuq_serve.service.operator.routes import HEADER
 from gnuq_serve.service.result_store import ResultStore
-from gnuq_serve.service.rollout import SWITCHED_OFF
 from gnuq_serve.service.routes import routes
+from gnuq_serve.service.seeing import metrics
+from gnuq_serve.service.seeing.observation import RequestContext
 from gnuq_serve.service.served import Server
 from gnuq_serve.service.service import UncertaintyService
-from gnuq_serve.service.settings import Settings, SettingsError, load_settings
+from gnuq_serve.service.settings.model import Settings, SettingsError, load_settings
 from gnuq_serve.uncertainty import Uncertainty
 
 KEY = "an-operators-key-of-32-letters"

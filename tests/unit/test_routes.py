@@ -6,12 +6,12 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from gnuq_serve.service.request_plan import RequestOptions
+from gnuq_serve.service.requests.request_plan import RequestOptions
 from gnuq_serve.service.result_store import ResultStoreError
 from gnuq_serve.service.routes import routes
 from gnuq_serve.service.served import ServedModel, Server
 from gnuq_serve.service.service import UncertaintyService
-from gnuq_serve.service.settings import load_settings
+from gnuq_serve.service.settings.model import load_settings
 from gnuq_serve.uncertainty import Uncertainty
 
 

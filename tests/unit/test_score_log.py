@@ -8,9 +8,9 @@ import pytest
 
 from gnuq_serve.calibration.questions import read_questions
 from gnuq_serve.service.answer import Answer, AnswerText
-from gnuq_serve.service.observation import Observation, RequestContext
-from gnuq_serve.service.request_plan import DEFAULT_OPTIONS
-from gnuq_serve.service.score_log import ScoreLog
+from gnuq_serve.service.operator.score_log import ScoreLog
+from gnuq_serve.service.requests.request_plan import DEFAULT_OPTIONS
+from gnuq_serve.service.seeing.observation import Observation, RequestContext
 from gnuq_serve.uncertainty import Uncertainty
 
 CHAT = [{"role": "user", "content": "What is the capital of Fräncë?"}]

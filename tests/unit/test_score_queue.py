@@ -1,8 +1,8 @@
 import random
 
 from gnuq_serve.score_options import ScoreOptions
-from gnuq_serve.service.messages import ScoreRequest
-from gnuq_serve.service.score_queue import ScoreQueue
+from gnuq_serve.service.scorer.messages import ScoreRequest
+from gnuq_serve.service.scorer.queue import ScoreQueue
 
 
 def request(number, length, deadline=100.0):

@@ -7,11 +7,11 @@ import time
 import pytest
 
 from gnuq_serve.score_options import ScoreOptions
-from gnuq_serve.service import scorer_desk
-from gnuq_serve.service.messages import ScorerConfig
-from gnuq_serve.service.scorer_desk import Desk
-from gnuq_serve.service.scorer_errors import QueueFullError, ScorerLostError, ScorerUnavailableError
-from gnuq_serve.service.scorer_link import ScorerLink
+from gnuq_serve.service.scorer import desk as scorer_desk
+from gnuq_serve.service.scorer.desk import Desk
+from gnuq_serve.service.scorer.errors import QueueFullError, ScorerLostError, ScorerUnavailableError
+from gnuq_serve.service.scorer.link import ScorerLink
+from gnuq_serve.service.scorer.messages import ScorerConfig
 from gnuq_serve.uncertainty import Uncertainty
 
 SOON = 5.0

@@ -6,10 +6,10 @@ import tempfile
 
 import pytest
 
-from gnuq_serve.service.messages import ScorerConfig, ScorerState
 from gnuq_serve.service.private_folder import PrivateFolderError
-from gnuq_serve.service.scorer_folder import ScorerFolder
-from gnuq_serve.service.shared_state import SharedState
+from gnuq_serve.service.scorer.folder import ScorerFolder
+from gnuq_serve.service.scorer.messages import ScorerConfig, ScorerState
+from gnuq_serve.service.scorer.shared_state import SharedState
 
 CONFIG = ScorerConfig(model="m", served_model="m")
 READY = SharedState(state=ScorerState(status="ready", model="m"), endpoint="ipc:///x", start_seconds=3.5)

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from gnuq_serve import cli
-from gnuq_serve.service.settings import CONFIG_VARIABLE
+from gnuq_serve.service.settings.model import CONFIG_VARIABLE
 from gnuq_serve.vllm import serve as serve_module
 from gnuq_serve.vllm.serve import plugin_list
 

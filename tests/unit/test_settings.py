@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from gnuq_serve.service.setting_sources import add_flags, combine, flags_of, from_environment, from_flags
-from gnuq_serve.service.settings import CONFIG_VARIABLE, Settings, SettingsError, load_settings
-from gnuq_serve.service.settings_table import with_table
+from gnuq_serve.service.settings.model import CONFIG_VARIABLE, Settings, SettingsError, load_settings
+from gnuq_serve.service.settings.sources import add_flags, combine, flags_of, from_environment, from_flags
+from gnuq_serve.service.settings.table import with_table
 
 
 @pytest.fixture(autouse=True)
@@ -217,4 +217,4 @@ def test_keys_are_not_shown():
 def test_the_docs_table_is_the_models():
     page = Path(__file__).parents[2] / "docs" / "serving.md"
     text = page.read_text(encoding="utf-8")
-    assert text == with_table(text), f"run: python -m gnuq_serve.service.settings_table {page}"
+    assert text == with_table(text), f"run: python -m gnuq_serve.service.settings.table {page}"

@@ -9,8 +9,8 @@ import random
 
 import pytest
 
-from gnuq_serve.service.request_plan import plan_request
-from gnuq_serve.service.stream_edit import EventSplitter, StreamEditor
+from gnuq_serve.service.requests.request_plan import plan_request
+from gnuq_serve.service.responses.stream_edit import EventSplitter, StreamEditor
 from gnuq_serve.uncertainty import Uncertainty
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "stream": True}

@@ -11,8 +11,8 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from gnuq_serve.service.observation import Observation, RequestContext
-from gnuq_serve.service.telemetry import span_observer
+from gnuq_serve.service.seeing.observation import Observation, RequestContext
+from gnuq_serve.service.seeing.telemetry import span_observer
 from gnuq_serve.uncertainty import Normalized, Signals, Trace, Uncertainty
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -137,7 +137,7 @@ def test_the_span_reaches_a_receiver(provider):
 def test_nothing_of_opentelemetry_is_imported_while_tracing_is_off():
     program = (
         "import sys, gnuq_serve.service.service, gnuq_serve.service.middleware, gnuq_serve.service.routes; "
-        "from gnuq_serve.service.settings import load_settings; "
+        "from gnuq_serve.service.settings.model import load_settings; "
         "gnuq_serve.service.service.UncertaintyService(load_settings()); "
         "print([name for name in sys.modules if name.startswith('opentelemetry')])"
     )

@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from gnuq_serve import cli
 from gnuq_serve.managed_server import HOST, free_port
-from gnuq_serve.service.upstream import Upstream, UpstreamError
+from gnuq_serve.service.proxy.upstream import Upstream, UpstreamError
 
 MODELS = {"data": [{"id": "m", "root": "r", "max_model_len": 9}, {"id": "a", "parent": "m"}]}
 
@@ -161,8 +161,8 @@ def test_wrong_settings_are_told_before_anything_starts(capsys, tmp_path):
 
 
 def test_the_key_may_be_a_variable(monkeypatch):
-    from gnuq_serve.service.proxy_command import add_proxy
-    from gnuq_serve.service.settings import load_settings
+    from gnuq_serve.service.proxy.command import add_proxy
+    from gnuq_serve.service.settings.model import load_settings
 
     monkeypatch.setenv("GNUQ_UPSTREAM_API_KEY", "secret")
     parser = argparse.ArgumentParser()

@@ -1,0 +1,1 @@
+"""What a client asks: read, capped, and turned into what vLLM is asked."""
