@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +22,7 @@ from gnuq_serve.calibration.collecting import (
 )
 from gnuq_serve.calibration.judging import JUDGE_NOT_MEASURED, judge_all, judge_quality
 from gnuq_serve.calibration.labelling import Labelled, check_references, label, write_rows
+from gnuq_serve.calibration.progress import progress_bar, say
 from gnuq_serve.calibration.questions import CHOICE_PROMPT, Question, read_questions
 from gnuq_serve.calibration.row_reader import DataError
 from gnuq_serve.calibration.working_file import WorkingFile
@@ -158,7 +158,7 @@ def _judge_sentence(args: argparse.Namespace, match: Matcher) -> str | None:
         if row.answer is None or row.correct is None or not row.reference.answers:
             where = f"{row.path}, line {row.line}"
             raise DataError(f"{where}: a judge's sample needs `answers`, `answer` and `correct`")
-    step = _progress("judge's sample", 0, len(sample_rows))
+    step = progress_bar("judge's sample", 0, len(sample_rows))
     pairs: list[tuple[bool, bool]] = []
 
     def keep(index: int, verdict: bool | None) -> None:
@@ -256,9 +256,9 @@ def _labelled(args: argparse.Namespace, questions: list[Question], match: Matche
         if changed := sum(key not in known for key in work.answers):
             say(f"{changed} of them belong to no question of this run (changed, removed or beyond --limit)")
         stack.callback(source.close)
-    answers = collect(questions, source, work, _progress)
+    answers = collect(questions, source, work, progress_bar)
     with _judge_errors():
-        return label(questions, answers, match, work=work, progress=_progress, concurrency=args.concurrency)
+        return label(questions, answers, match, work=work, progress=progress_bar, concurrency=args.concurrency)
 
 
 def conclude(
@@ -326,21 +326,3 @@ def say_left_out(labelled: Labelled) -> None:
     """Tell why rows are missing."""
     for reason, count in sorted(labelled.left_out.items(), key=lambda item: -item[1])[:5]:
         say(f"  {count} left out ({reason[:200]})")
-
-
-def _progress(what: str, done: int, total: int) -> Callable[[], None]:
-    from tqdm import tqdm
-
-    bar = tqdm(desc=what, initial=done, total=total, disable=None, file=sys.stderr)
-
-    def step() -> None:
-        bar.update()
-        if bar.n >= total:
-            bar.close()
-
-    return step
-
-
-def say(text: str) -> None:
-    """A line for people, on standard error."""
-    print(text, file=sys.stderr, flush=True)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from gnuq_serve.calibration.drawing import FAINT, INK, RIGHT, WRONG, percent, png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from gnuq_serve.calibration import Outcome
-
-# Told apart in grey and with the common colour blindnesses.
-_RIGHT, _WRONG, _INK, _FAINT = "#2166ac", "#d6604d", "#222222", "#9a9a9a"
-_DPI = 160
 
 
 def figures(outcome: Outcome) -> dict[str, bytes]:
@@ -24,32 +22,12 @@ def figures(outcome: Outcome) -> dict[str, bytes]:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    drawings: dict[str, tuple[Callable[[Any, Outcome], None], float]] = {
+    drawings: dict[str, tuple[Callable[..., None], float]] = {
         "risk_coverage.png": (_risk_coverage, 4.2),
         "reliability.png": (_reliability, 4.2),
         "scores.png": (_scores, 3.2),
     }
-    return {name: _png(draw, outcome, height) for name, (draw, height) in drawings.items()}
-
-
-def _png(draw: Callable[[Any, Outcome], None], outcome: Outcome, height: float) -> bytes:
-    try:
-        # Not pyplot: no global state, no window system.
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"the report needs {error.name}, not installed here: pip install 'gnuq-serve[calibrate]'"
-        ) from error
-    figure = Figure(figsize=(6.4, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    draw(figure, outcome)
-    for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(colors=_INK)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=_DPI, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+    return {name: png(partial(draw, outcome=outcome), height) for name, (draw, height) in drawings.items()}
 
 
 def _risk_coverage(figure: Any, outcome: Outcome) -> None:
@@ -59,7 +37,7 @@ def _risk_coverage(figure: Any, outcome: Outcome) -> None:
     axes.plot(
         [point.share for point in curve],
         [point.risk for point in curve],
-        color=_RIGHT,
+        color=RIGHT,
         linewidth=1.5,
         label="error rate seen",
     )
@@ -73,7 +51,7 @@ def _risk_coverage(figure: Any, outcome: Outcome) -> None:
             risks,
             yerr=np.array([[0.0] * len(band), above]),
             fmt="none",
-            ecolor=_FAINT,
+            ecolor=FAINT,
             elinewidth=1.2,
             capsize=3,
             label=f"upper bound, all together {guarantee.confidence:.0%}",
@@ -81,7 +59,7 @@ def _risk_coverage(figure: Any, outcome: Outcome) -> None:
     for number, promise in enumerate(guarantee.promises):
         axes.axhline(
             promise.max_error,
-            color=_WRONG,
+            color=WRONG,
             linewidth=0.9,
             linestyle="--",
             label="level asked for" if number == 0 else None,
@@ -92,7 +70,7 @@ def _risk_coverage(figure: Any, outcome: Outcome) -> None:
             [promise.share for promise in chosen],
             [promise.errors / promise.answered if promise.answered else 0.0 for promise in chosen],
             "o",
-            color=_WRONG,
+            color=WRONG,
             markersize=8,
             label="chosen threshold",
             zorder=5,
@@ -104,7 +82,7 @@ def _risk_coverage(figure: Any, outcome: Outcome) -> None:
         xlabel="share of questions answered",
         ylabel="share of errors among them",
     )
-    _percent(axes, "both")
+    percent(axes, "both")
     axes.legend(frameon=False, fontsize=8, loc="upper left")
 
 
@@ -113,7 +91,7 @@ def _reliability(figure: Any, outcome: Outcome) -> None:
     bins = outcome.quality.bins
     middles = [(part.low + part.high) / 2 for part in bins]
     widths = [part.high - part.low for part in bins]
-    above.plot([0, 1], [0, 1], color=_FAINT, linewidth=1, linestyle="--", label="perfect")
+    above.plot([0, 1], [0, 1], color=FAINT, linewidth=1, linestyle="--", label="perfect")
     shares, counts = [part.accuracy for part in bins], [part.count for part in bins]
     errors = _wilson(shares, counts)
     above.errorbar(
@@ -121,43 +99,35 @@ def _reliability(figure: Any, outcome: Outcome) -> None:
         shares,
         yerr=errors,
         fmt="o",
-        color=_RIGHT,
-        ecolor=_RIGHT,
+        color=RIGHT,
+        ecolor=RIGHT,
         elinewidth=1,
         capsize=3,
         label="answers in ten bins (95 % interval)",
     )
     above.set(xlim=(0, 1), ylim=(-0.02, 1.02), ylabel="share right")
     above.legend(frameon=False, fontsize=8, loc="upper left")
-    below.bar(middles, counts, width=[0.94 * width for width in widths], color=_FAINT)
+    below.bar(middles, counts, width=[0.94 * width for width in widths], color=FAINT)
     below.set(xlabel="p_correct", ylabel="answers")
-    _percent(above, "y")
+    percent(above, "y")
 
 
 def _scores(figure: Any, outcome: Outcome) -> None:
     axes: Axes = figure.add_subplot()
     edges = np.linspace(0, 1, 21).tolist()
-    for correct, name, color in ((True, "right", _RIGHT), (False, "wrong", _WRONG)):
+    for correct, name, color in ((True, "right", RIGHT), (False, "wrong", WRONG)):
         scores = [held.p_correct for held in outcome.held_out if held.correct is correct]
         axes.hist(scores, bins=edges, color=color, alpha=0.55, edgecolor="white", label=f"{name} ({len(scores)})")
     for number, promise in enumerate(p for p in outcome.guarantee.promises if p.threshold is not None):
         axes.axvline(
             promise.threshold or 0.0,
-            color=_INK,
+            color=INK,
             linewidth=1,
             linestyle="--",
             label="threshold" if number == 0 else None,
         )
     axes.set(xlim=(0, 1), xlabel="p_correct", ylabel="held-out answers")
     axes.legend(frameon=False, fontsize=8)
-
-
-def _percent(axes: Axes, which: str) -> None:
-    from matplotlib.ticker import PercentFormatter
-
-    if which in ("both", "x"):
-        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 
 def _wilson(shares: Sequence[float], counts: Sequence[int]) -> Any:

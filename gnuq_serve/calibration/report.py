@@ -6,12 +6,12 @@ the working file. The calibration itself holds none.
 
 from __future__ import annotations
 
-import base64
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gnuq_serve.calibration.figures import figures
+from gnuq_serve.calibration.page import data_url, render
 
 if TYPE_CHECKING:
     from gnuq_serve.calibration import Outcome
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 SHOWN_ERRORS = 20
 _LONGEST_TEXT = 600
-_NOTHING = "\u2013"
-_THIN = "\u202f"  # a space at which no line breaks
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,22 +44,10 @@ def write_report(folder: str | Path, outcome: Outcome, labelled: Labelled, *, ju
     Raises:
         ImportError: jinja2 or matplotlib is not installed.
     """
-    try:
-        from jinja2 import Environment, PackageLoader, StrictUndefined
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"the report needs {error.name}, not installed here: pip install 'gnuq-serve[calibrate]'"
-        ) from error
     drawn = figures(outcome)
-    environment = Environment(
-        loader=PackageLoader("gnuq_serve.calibration"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": _percent, "number": _number, "interval": _interval}
-    page = environment.get_template("report.html").render(
+    page = render(
+        "gnuq_serve.calibration",
+        "report.html",
         outcome=outcome,
         calibration=outcome.calibration,
         guarantee=outcome.guarantee,
@@ -69,7 +55,7 @@ def write_report(folder: str | Path, outcome: Outcome, labelled: Labelled, *, ju
         labelled=labelled,
         judge=judge,
         errors=confident_errors(outcome, labelled),
-        figures={name.removesuffix(".png"): _data_url(png) for name, png in drawn.items()},
+        figures={name.removesuffix(".png"): data_url(png) for name, png in drawn.items()},
     )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,23 +83,3 @@ def confident_errors(outcome: Outcome, labelled: Labelled) -> list[ConfidentErro
 
 def _short(text: str) -> str:
     return text if len(text) <= _LONGEST_TEXT else text[: _LONGEST_TEXT - 1] + "…"
-
-
-def _data_url(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
-
-
-def _percent(value: float | None, decimals: int = 0) -> str:
-    return _NOTHING if value is None else f"{100 * value:.{decimals}f}{_THIN}%"
-
-
-def _number(value: float | None, decimals: int = 3) -> str:
-    return _NOTHING if value is None else f"{value:.{decimals}f}"
-
-
-def _interval(value: Any) -> str:
-    if value is None or value.value is None:
-        return _NOTHING
-    if value.low is None:
-        return f"{value.value:.3f}"
-    return f"{value.value:.3f} ({value.low:.3f} to {value.high:.3f})"
