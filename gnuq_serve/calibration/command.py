@@ -118,12 +118,12 @@ def _check_installed(args: argparse.Namespace) -> None:
     check_packages(wanted)
 
 
-def check_packages(wanted: Sequence[str]) -> None:
-    """Raise ImportError with the remedy where a package is not installed."""
+def check_packages(wanted: Sequence[str], extra: str = "calibrate") -> None:
+    """Raise ImportError with the remedy where a package is not installed; ``extra``: what brings it."""
     missing = [name for name in dict.fromkeys(wanted) if find_spec(name) is None]
     if missing:
         raise ImportError(
-            f"calibrating needs {', '.join(missing)}, not installed here: pip install 'gnuq-serve[calibrate]'"
+            f"this needs {', '.join(missing)}, not installed here: pip install 'gnuq-serve[{extra}]'"
         )
 
 

@@ -170,6 +170,40 @@ def probabilities(model: LogisticScore, values: FloatArray) -> FloatArray:
     return np.array([model.probability(row) for row in values.tolist()], dtype=np.float64)
 
 
+def cross_fitted(
+    values: FloatArray, correct: BoolArray, *, strengths: Sequence[float], seed: int = 0
+) -> FloatArray | None:
+    """``p_correct`` of each row from fits on other rows; the shrinkage is chosen inside of these.
+
+    Args:
+        values: ``(rows, columns)``, no missing numbers.
+        correct: labels.
+        strengths: scikit-learn's ``C``, one or several to choose from.
+        seed: of the folds.
+
+    Returns:
+        One probability for each row; None where there are no columns, or fewer than five right or wrong rows.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+    """
+    _need_sklearn()
+    if not values.size or min(correct.sum(), (~correct).sum()) < FOLDS:
+        return None
+    alone = np.arange(correct.size)
+    total, times = np.zeros(correct.size), np.zeros(correct.size)
+    for inside, outside in _folds(correct, alone, FOLDS, seed):
+        x, y = values[inside], correct[inside]
+        strength = strengths[0]
+        if len(strengths) > 1:
+            inner = list(_folds(y, alone[: y.size], min(3, int(min(y.sum(), (~y).sum()))), seed, repeats=1))
+            losses = [_cross_validate(x, y, inner, one)[1].mean() for one in strengths]
+            strength = strengths[int(np.argmin(losses))]
+        total[outside] += _cross_validate(values, correct, [(inside, outside)], strength)[0][outside]
+        times[outside] += 1
+    return total / times
+
+
 def _proposals(names: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
     """``(name, features)`` of every candidate."""
     by_kind = {kind: [name for name in names if FEATURES[name].kind == kind] for kind in _KINDS}
@@ -204,11 +238,14 @@ def _within_kind(
     return best if worse.mean() > _standard_error(worse, groups) else single
 
 
-def _folds(correct: BoolArray, groups: IntArray, folds: int, seed: int) -> Iterator[tuple[IntArray, IntArray]]:
+def _folds(
+    correct: BoolArray, groups: IntArray, folds: int, seed: int, repeats: int | None = None
+) -> Iterator[tuple[IntArray, IntArray]]:
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
     alone = np.unique(groups).size == groups.size
-    repeats = _REPEATS if correct.size < _REPEATS_BELOW else 1
+    if repeats is None:
+        repeats = _REPEATS if correct.size < _REPEATS_BELOW else 1
     for repeat in range(repeats):
         kind = StratifiedKFold if alone else StratifiedGroupKFold
         splitter = kind(n_splits=folds, shuffle=True, random_state=seed + repeat)
@@ -232,6 +269,7 @@ def _cross_validate(
         probability[outside] += p
         loss[outside] += _log_loss(p, correct[outside])
         times[outside] += 1
+    times[times == 0] = np.nan  # rows in no fold
     return probability / times, loss / times
 
 

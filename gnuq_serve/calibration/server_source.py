@@ -49,16 +49,11 @@ class ServerSource:
         import openai
 
         self._openai = openai
-        base = url.rstrip("/").removesuffix("/v1") + "/v1"
-        self._connection: dict[str, Any] = {
-            "base_url": base,
-            "api_key": api_key or os.environ.get("OPENAI_API_KEY") or "none",
-            "max_retries": 6,  # the client waits longer each time, 8 s at most
-        }
+        self._connection = connection(url, api_key)
         self._sampling, self._options, self._request = sampling, dict(options or {}), dict(request or {})
         self._concurrency = concurrency
-        self._url = base
-        self.model = model or self._only_model()
+        self._url = self._connection["base_url"]
+        self.model = model or only_model(self._connection)
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -76,18 +71,6 @@ class ServerSource:
 
     def close(self) -> None:
         """Nothing to free: connections live as long as `answer`."""
-
-    def _only_model(self) -> str:
-        with self._openai.OpenAI(**{**self._connection, "max_retries": 1}) as client:
-            try:
-                models = [model.id for model in client.models.list()]
-            except self._openai.OpenAIError as error:
-                raise self._gone(error) from error
-        if len(models) != 1:
-            raise AnswerError(
-                f"{self._url} serves {', '.join(models) or 'nothing'}; name one with --served-model"
-            )
-        return models[0]
 
     async def _answer_all(self, questions: Sequence[Question], on_answer: OnAnswer) -> None:
         waiting = iter(questions)
@@ -119,7 +102,7 @@ class ServerSource:
         except (self._openai.BadRequestError, self._openai.UnprocessableEntityError) as error:
             return Answer(key=question.key, failure=str(error)[:500])
         except self._openai.OpenAIError as error:
-            raise self._gone(error) from error
+            raise gone(self._url, error) from error
 
     async def _ask(self, client: Any, question: Question) -> Answer:
         completion = await client.chat.completions.create(
@@ -171,9 +154,39 @@ class ServerSource:
             uncertainty=Uncertainty.from_dict(score),
         )
 
-    def _gone(self, error: Exception) -> AnswerError:
-        status = getattr(error, "status_code", None)
-        hint = {401: "set OPENAI_API_KEY or --api-key", 403: "this key may not ask", 404: "check --server"}.get(
-            status or 0, "is the server up? Run the same command again to go on"
-        )
-        return AnswerError(f"{self._url}: {str(error) or type(error).__name__}; {hint}"[:600])
+
+def connection(url: str, api_key: str | None) -> dict[str, Any]:
+    """Arguments of an ``openai`` client of a server; the default key is ``OPENAI_API_KEY`` of the environment."""
+    return {
+        "base_url": url.rstrip("/").removesuffix("/v1") + "/v1",
+        "api_key": api_key or os.environ.get("OPENAI_API_KEY") or "none",
+        "max_retries": 6,  # the client waits longer each time, 8 s at most
+    }
+
+
+def only_model(connection: Mapping[str, Any]) -> str:
+    """The name of the one model that a server has.
+
+    Raises:
+        AnswerError: no answer from there, or none or several models.
+    """
+    import openai
+
+    url = connection["base_url"]
+    with openai.OpenAI(**{**connection, "max_retries": 1}) as client:
+        try:
+            models = [model.id for model in client.models.list()]
+        except openai.OpenAIError as error:
+            raise gone(url, error) from error
+    if len(models) != 1:
+        raise AnswerError(f"{url} serves {', '.join(models) or 'nothing'}; name one with --served-model")
+    return models[0]
+
+
+def gone(url: str, error: Exception) -> AnswerError:
+    """The error of a server that can't be asked any more."""
+    status = getattr(error, "status_code", None)
+    hint = {401: "set OPENAI_API_KEY or --api-key", 403: "this key may not ask", 404: "check --server"}.get(
+        status or 0, "is the server up? Run the same command again to go on"
+    )
+    return AnswerError(f"{url}: {str(error) or type(error).__name__}; {hint}"[:600])

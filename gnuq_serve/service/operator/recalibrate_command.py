@@ -62,8 +62,9 @@ def run(args: argparse.Namespace) -> int:
     """
     from gnuq_serve.calibration.answers import Sampling
     from gnuq_serve.calibration.collecting import fingerprint_parts
-    from gnuq_serve.calibration.command import check_packages, check_promise, conclude, say, say_left_out
+    from gnuq_serve.calibration.command import check_packages, check_promise, conclude, say_left_out
     from gnuq_serve.calibration.labelling import write_rows
+    from gnuq_serve.calibration.progress import say
     from gnuq_serve.calibration.row_reader import DataError, read_rows
 
     if not args.labels and not args.log:

@@ -1,0 +1,1 @@
+"""``gnuq-serve evaluate``: does it work, on this model and these questions, and what do the rivals find?"""
