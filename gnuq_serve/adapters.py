@@ -66,6 +66,13 @@ class AdapterScorers:
         self._use(name)
         return scorer
 
+    def weights_changed(self) -> None:
+        """Forget what was learned of the base model's weights, and the adapters, named after it."""
+        for name, _ in self._loaded.values():
+            self._model.delete_adapter(name)  # type: ignore[operator]
+        self._loaded.clear()
+        self._base.weights_changed()
+
     def _load(self, path: str) -> tuple[str, Scorer]:
         base = {mode: self._base.fingerprint_in(mode) for mode in get_args(Mode)}  # before names change
         while len(self._loaded) >= self._keep:

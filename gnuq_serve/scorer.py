@@ -119,6 +119,7 @@ class Scorer:
         revision: str | None = None,
         trust_remote_code: bool = False,
         config_overrides: Mapping[str, Any] | None = None,
+        map_converted: bool = False,
         **settings: Any,
     ) -> Scorer:
         """Load a checkpoint and score with it.
@@ -131,6 +132,7 @@ class Scorer:
             revision: branch, tag or commit on the hub.
             trust_remote_code: run code that comes with the checkpoint.
             config_overrides: entries of the model's configuration to replace.
+            map_converted: on a CPU, map weights of another dtype from a converted file in the cache.
             settings: as in ``Scorer``.
 
         Raises:
@@ -145,6 +147,7 @@ class Scorer:
             revision=revision,
             trust_remote_code=trust_remote_code,
             config_overrides=config_overrides,
+            map_converted=map_converted,
         )
         return cls(model, **settings)
 
@@ -168,6 +171,13 @@ class Scorer:
         """What an ``exact`` pass takes, measured at first use."""
         return self._runner.memory_in(answer_only=False)
 
+    def pass_bytes(self, tokens: int) -> int:
+        """Most that an ``exact`` pass over this many positions takes beyond the weights, in bytes.
+
+        As if every position were one of an answer; never over the budget, to which passes are cut.
+        """
+        return min(self.memory_budget, self.memory.bytes(tokens, 1, tokens))
+
     @property
     def slow_layers(self) -> list[str]:
         """Layers without a rule of their own: exact all the same, but slow and one sample at a time."""
@@ -178,6 +188,11 @@ class Scorer:
         if mode not in self._fingerprints:
             self._fingerprints[mode] = fingerprint_of(self.model, mode)
         return self._fingerprints[mode]
+
+    def weights_changed(self) -> None:
+        """Forget what was learned of the weights: somebody has changed their values in place."""
+        self.clear_prefix_cache()
+        self._fingerprints.clear()
 
     def clear_prefix_cache(self) -> None:
         """Forget the prompt prefixes kept by ``answer_only``."""

@@ -21,10 +21,10 @@ _HERE = Path(__file__).parents[1]
 
 
 @contextmanager
-def serving(folder: Path, *arguments: str) -> Iterator[ManagedServer]:
-    """`gnuq-serve serve` with the demo model, ready to answer; its log is in ``folder``."""
+def serving(folder: Path, *arguments: str, model: Path | None = None) -> Iterator[ManagedServer]:
+    """`gnuq-serve serve` with the demo model or another, ready to answer; its log is in ``folder``."""
     port = free_port()
-    command = [str(Path(sys.executable).with_name("gnuq-serve")), "serve", str(ensure_demo_model())]
+    command = [str(Path(sys.executable).with_name("gnuq-serve")), "serve", str(model or ensure_demo_model())]
     command += ["--served-model-name", NAME, "--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"]
     command += ["--max-num-seqs", "32", "--enable-prefix-caching", "--api-key", KEY]
     command += ["--host", HOST, "--port", str(port), "--middleware", "load.task_count.TaskCount", *arguments]

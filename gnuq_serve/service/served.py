@@ -22,6 +22,10 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
     revision: str | None = None
     trust_remote_code: bool = False
     config_overrides: dict[str, Any] = {}
+    quantization: str | None = None  # vLLM's name of the method; None: plain weights
+    workers: int = 1  # over which the weights are split
+    shared: str | None = None  # the engine's weights, where asked for: a ``SharedWeights`` in JSON
+    shared_refused: str | None = None  # why not
     raw_logprobs: bool = True
     end_of_turn_ids: tuple[int, ...] = ()  # the tokenizer's own first
 
@@ -30,6 +34,15 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
         if model is None or model == self.model:
             return self
         return msgspec.structs.replace(self, model=model, revision=None, config_overrides={})
+
+    @property
+    def approximate_weights(self) -> str | None:
+        """The warning on every score, where the scorer's weights can't be the engine's; None: they can."""
+        if self.quantization is None:
+            return None
+        return (
+            f"approximate_weights: the engine's are quantised ({self.quantization}), the score is of plain ones"
+        )
 
 
 class Server(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,11 +70,18 @@ class Server(msgspec.Struct, frozen=True, kw_only=True):
 def scorer_config(settings: Settings, served: ServedModel) -> ScorerConfig:
     """What the scorer process is told: the engine's model, or the operator's in its place."""
     scored = served.or_instead(settings.scorer_model)
+    unasked = settings.scorer_weights != "shared" or served.shared is not None
+    unshared = None if unasked else "only vLLM's own server, with our plugin in it, can share them"
     return ScorerConfig(
         model=scored.model,
         served_model=served.model,
         dtype=served.dtype if settings.scorer_dtype == "auto" else settings.scorer_dtype,
+        weights=settings.scorer_weights,
+        shared=served.shared,
+        shared_refused=served.shared_refused or unshared,
+        engine_workers=served.workers,
         device=settings.scorer_device,
+        device_map=settings.scorer_device_map,
         threads=settings.scorer_threads,
         mode=settings.mode,
         max_batch_tokens=settings.max_batch_tokens,

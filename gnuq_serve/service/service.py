@@ -317,6 +317,8 @@ class UncertaintyService:
             logger.exception("scoring failed")
             return Uncertainty.failed(f"internal error: {type(error).__name__}")
         if result.status == "scored":
+            approximate = self.served.approximate_weights
+            warnings += [approximate] if approximate else []
             result = result.replace(warnings=(*result.warnings, *warnings))
         if not self.served.raw_logprobs:
             return result

@@ -6,7 +6,7 @@ import copy
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vllm import LLM, RequestOutput, SamplingParams
 
@@ -15,7 +15,9 @@ from gnuq_serve.calibration.binding import offline_parts
 from gnuq_serve.scorer import Sample, Scorer
 from gnuq_serve.service.consistency import check_log_probability
 from gnuq_serve.uncertainty import Uncertainty
+from gnuq_serve.vllm.names import EXTENSION, LOAD_FORMAT
 from gnuq_serve.vllm.served_model import served_model
+from gnuq_serve.vllm.worker_scorer import WorkerScorer
 from gnuq_serve.weights.checkpoint import check_same_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -24,8 +26,8 @@ logger = logging.getLogger(__name__)
 class UncertaintyLLM:
     """A ``vllm.LLM`` whose completions carry ``.uncertainty``.
 
-    Scoring takes place in this process, after generation, with a PyTorch copy of the same weights. Everything
-    else that ``vllm.LLM`` has is reached through this object.
+    Scoring takes place after generation: in this process with a PyTorch copy of the same weights, or by vLLM's
+    worker on its own. Everything else that ``vllm.LLM`` has is reached through this object.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class UncertaintyLLM:
         *,
         scorer_model: str | None = None,
         scorer_device: str = "auto",
+        scorer_weights: Literal["checkpoint", "shared"] = "checkpoint",
         calibration: Calibration | str | Path | None = None,
         **vllm_args: Any,
     ) -> None:
@@ -43,12 +46,16 @@ class UncertaintyLLM:
             model: as for ``vllm.LLM``.
             scorer_model: checkpoint to score with; the served model by default.
             scorer_device: device of the scorer's weights.
+            scorer_weights: ``"checkpoint"``: a copy, in this process; ``"shared"``: the engine's own tensors, by
+                its worker, in the engine's device and dtype, without a copy. On a CPU the engine is then slower,
+                by a third under load.
             calibration: gives each uncertainty ``p_correct`` and a decision; or the path of its file.
             **vllm_args: every other argument of ``vllm.LLM``.
 
         Raises:
             CalibrationError: the calibration's file can't be used.
             CheckpointError: the scorer's checkpoint can't be loaded, or has another vocabulary.
+            SourceRefused: the engine's tensors can't be scored with; the message says why.
             UnsupportedModelError: a module of the model has no gradient-norm rule.
         """
         if isinstance(calibration, str | Path):
@@ -58,9 +65,16 @@ class UncertaintyLLM:
             check_same_vocabulary(
                 str(scorer_model), model, trust_remote_code=vllm_args.get("trust_remote_code", False)
             )
+        if scorer_weights == "shared":
+            if scorer_model not in (None, model):
+                raise ValueError(f"scorer_weights='shared' and scorer_model={scorer_model!r}: choose one")
+            vllm_args |= {"load_format": LOAD_FORMAT, "worker_extension_cls": EXTENSION}
         self.llm = LLM(model=model, **vllm_args)
         self._served = served_model(self.llm.model_config)
         scored = self._served.or_instead(scorer_model)
+        if scorer_weights == "shared":
+            self.scorer: Scorer | WorkerScorer = WorkerScorer(self.llm, self._served.dtype)
+            return
         self.scorer = Scorer.from_pretrained(
             scored.model,
             dtype=scored.dtype,
@@ -128,6 +142,10 @@ class UncertaintyLLM:
                 completion.uncertainty = check_log_probability(
                     next(scored), served, self._served.dtype, self.scorer.dtype
                 )
+                if (approximate := self._served.approximate_weights) is not None:
+                    completion.uncertainty = completion.uncertainty.replace(
+                        warnings=(*completion.uncertainty.warnings, approximate)
+                    )
             completion.uncertainty = self._decided(output, completion, params, chat)
             if params is None or params.logprobs is None:
                 completion.logprobs = completion.cumulative_logprob = None

@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
+import msgspec
+
 from gnuq_serve.service.middleware import UncertaintyMiddleware
 from gnuq_serve.service.responses.gate import check_environment
 from gnuq_serve.service.routes import routes
@@ -16,6 +18,7 @@ from gnuq_serve.service.seeing.telemetry import span_observer
 from gnuq_serve.service.service import UncertaintyService
 from gnuq_serve.service.settings.model import load_settings
 from gnuq_serve.vllm.served_model import served_model, server
+from gnuq_serve.vllm.sharing import share_weights
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +64,12 @@ class GnuqPlugin:
             return
         if await engine_client.is_tracing_enabled():
             self._service.observers.append(span_observer())
-        self._service.start(served_model(engine_client.model_config, state), server(state, args))
+        workers = engine_client.vllm_config.parallel_config.world_size
+        served = served_model(engine_client.model_config, state, workers)
+        if self._service.settings.scorer_weights == "shared":
+            shared, refused = await share_weights(engine_client)
+            served = msgspec.structs.replace(served, shared=shared, shared_refused=refused)
+        self._service.start(served, server(state, args))
 
     def _until_stopped(self, lifespan: Callable[[Any], AbstractAsyncContextManager[Any]]) -> Any:
         """The application's own lifespan, at whose end the scorer ends too."""

@@ -27,15 +27,22 @@ FIELDS = {
 # Module and class -> attributes that we read.
 ATTRIBUTES = {
     ("vllm.config", "ModelConfig"): "model dtype revision trust_remote_code hf_overrides logprobs_mode hf_config "
-    "try_get_generation_config",
-    ("vllm.v1.engine.async_llm", "AsyncLLM"): "model_config get_supported_tasks is_tracing_enabled",
+    "try_get_generation_config quantization get_vocab_size max_model_len",
+    ("vllm.config", "ParallelConfig"): "world_size",
+    ("vllm.v1.engine.async_llm", "AsyncLLM"): "model_config vllm_config get_supported_tasks "
+    "is_tracing_enabled collective_rpc generate",
+    ("vllm.v1.worker.gpu_worker", "Worker"): "model_runner model_config vllm_config reload_weights "
+    "update_weights finish_weight_update",
+    ("vllm.model_executor.model_loader", "DefaultModelLoader"): "load_model load_weights get_all_weights",
     ("vllm.entrypoints.openai.chat_completion.serving", "OpenAIServingChat"): "parser_cls renderer model_config "
     "default_chat_template_kwargs default_sampling_params",
     ("vllm.entrypoints.openai.models.serving", "OpenAIServingModels"): "lora_requests",
     ("vllm.reasoning", "ReasoningParser"): "extract_content_ids is_reasoning_end",
     ("vllm.outputs", "CompletionOutput"): "token_ids logprobs cumulative_logprob",
 }
-FLAGS = "uds host port api_key middleware otlp_traces_endpoint logprobs_mode disable_log_stats"
+FLAGS = "uds host port api_key middleware otlp_traces_endpoint logprobs_mode disable_log_stats load_format "
+FLAGS += "worker_extension_cls model model_tag dtype revision trust_remote_code hf_overrides "
+FLAGS += "tensor_parallel_size pipeline_parallel_size gpu_memory_utilization kv_cache_memory_bytes"
 # What opens all the routes that vLLM's server can have: flags and variables.
 ALL_ROUTES = ("--enable-scale-out", "--enable-fault-tolerance")
 ALL_ROUTES_VARIABLES = {
@@ -52,4 +59,5 @@ SOURCES = {
     '"vllm.general_plugins"': "vllm.plugins",
     "from vllm.entrypoints.launchers.grpc_server import": "vllm.entrypoints.cli.serve",
     "VLLM_USE_RUST_FRONTEND": "vllm.envs",
+    '"_cpu_skip_gemm_dispatch"': "vllm.model_executor.layers.linear",
 }

@@ -10,8 +10,9 @@ from importlib.util import find_spec
 
 from gnuq_serve.service.decisions import Decisions
 from gnuq_serve.service.responses.gate import check_environment
-from gnuq_serve.service.settings.model import CONFIG_VARIABLE, check_paths, load_settings
+from gnuq_serve.service.settings.model import CONFIG_VARIABLE, SettingsError, check_paths, load_settings
 from gnuq_serve.service.settings.sources import variable
+from gnuq_serve.vllm.names import EXTENSION, LOAD_FORMAT
 
 _ON_BY_DEFAULT = (
     "vllm.general_plugins",
@@ -19,6 +20,8 @@ _ON_BY_DEFAULT = (
     "vllm.platform_plugins",
     "vllm.stat_logger_plugins",
 )
+# How vLLM loads its weights when a scorer is to read them.
+_SHARING_FLAGS = {"--load-format": LOAD_FORMAT, "--worker-extension-cls": EXTENSION}
 
 
 def serve(vllm_args: Sequence[str], config: str | None = None, flags: Mapping[str, str] | None = None) -> None:
@@ -43,8 +46,26 @@ def serve(vllm_args: Sequence[str], config: str | None = None, flags: Mapping[st
     environment = {**os.environ, **given, "VLLM_PLUGINS": plugin_list(os.environ.get("VLLM_PLUGINS"))}
     if config is not None:
         environment[CONFIG_VARIABLE] = config
+    if settings.scorer_weights == "shared":
+        vllm_args = [*vllm_args, *sharing_flags(vllm_args)]
     command = [sys.executable, "-m", "gnuq_serve.vllm.server_main", *vllm_args]
     os.execve(sys.executable, command, environment)  # noqa: S606
+
+
+def sharing_flags(vllm_args: Sequence[str]) -> list[str]:
+    """The flags of ``vllm serve`` with which the engine shares its weights.
+
+    Args:
+        vllm_args: those given.
+
+    Raises:
+        SettingsError: one of them is among these.
+    """
+    given = {argument.split("=")[0].replace("_", "-") for argument in vllm_args if argument.startswith("--")}
+    for flag in _SHARING_FLAGS:
+        if flag in given:
+            raise SettingsError(f"scorer_weights: shared sets {flag} itself: leave it out, or use checkpoint")
+    return [word for pair in _SHARING_FLAGS.items() for word in pair]
 
 
 def plugin_list(current: str | None) -> str:

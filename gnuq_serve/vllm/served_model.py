@@ -11,12 +11,13 @@ from gnuq_serve.service.served import ServedModel, Server
 from gnuq_serve.vllm.thinking import ThinkingFinder
 
 
-def served_model(model_config: Any, state: Any = None) -> ServedModel:
+def served_model(model_config: Any, state: Any = None, workers: int = 1) -> ServedModel:
     """The scorer's view of vLLM's ``ModelConfig``.
 
     Args:
         model_config: vLLM's.
         state: the server's state; its tokenizer knows the end-of-turn token.
+        workers: over which the weights are split.
     """
     overrides = model_config.hf_overrides
     return ServedModel(
@@ -25,6 +26,8 @@ def served_model(model_config: Any, state: Any = None) -> ServedModel:
         revision=model_config.revision,
         trust_remote_code=bool(model_config.trust_remote_code),
         config_overrides=dict(overrides) if isinstance(overrides, dict) else {},
+        quantization=None if model_config.quantization is None else str(model_config.quantization),
+        workers=workers,
         raw_logprobs=model_config.logprobs_mode == "raw_logprobs",
         end_of_turn_ids=tuple(dict.fromkeys(_end_of_turn_ids(model_config, state))) if state is not None else (),
     )

@@ -10,7 +10,10 @@ from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.logger import configure_logging_from_args
+from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from gnuq_serve.service.settings.model import load_settings
 
 
 def main() -> None:
@@ -19,6 +22,10 @@ def main() -> None:
     args = make_arg_parser(FlexibleArgumentParser(prog="gnuq-serve serve")).parse_args()
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
+    if current_platform.is_cuda_alike():
+        from gnuq_serve.vllm.room import leave_room  # torch and transformers, which a CPU's server needs not yet
+
+        leave_room(args, load_settings())
     ServeSubcommand.cmd(args)
 
 

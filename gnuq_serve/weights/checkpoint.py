@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gnuq_serve.errors import first_line
+from gnuq_serve.weights.converted import NotConvertedError, converted_tensors
+
+logger = logging.getLogger(__name__)
 
 
 class CheckpointError(ValueError):
@@ -27,8 +31,12 @@ def load_checkpoint(
     revision: str | None = None,
     trust_remote_code: bool = False,
     config_overrides: Mapping[str, Any] | None = None,
+    map_converted: bool = False,
 ) -> nn.Module:
     """Load a causal language model for scoring.
+
+    On a CPU, weights that the checkpoint holds in the wanted dtype are mapped from its files, not read: they take
+    no memory of the process's own. Others are cast, which makes a copy, unless ``map_converted`` is set.
 
     Args:
         path: folder or hub name.
@@ -39,6 +47,8 @@ def load_checkpoint(
         revision: branch, tag or commit on the hub.
         trust_remote_code: run code that comes with the checkpoint.
         config_overrides: entries of the model's configuration to replace.
+        map_converted: on a CPU, where the dtype is another than the checkpoint's, map a converted file from the
+            cache, made when it is first asked for (``weights.converted``); where that can't be, the log says why.
 
     Raises:
         CheckpointError: nothing at that path, tensors missing in it, a quantised checkpoint, an override that the
@@ -52,13 +62,24 @@ def load_checkpoint(
     config = load_config(path, config_overrides=config_overrides, **source)
     if getattr(config, "quantization_config", None) is not None:
         raise CheckpointError(
-            f"model={path!r} is quantised; its gradient needs plain weights: name an unquantised checkpoint"
+            f"model={path!r} is quantised; its gradient needs plain weights: name an unquantised checkpoint "
+            "(of a server: --gnuq-scorer-model)"
         )
     split = {} if device_map is None else {"device_map": device_map}
+    wanted = torch_dtype or config.dtype
+    mapped: Any = None
+    if map_converted and wanted is not None and not split and torch_device.type == "cpu":
+        mapped = _mapped(path, config, wanted, **source)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=torch_dtype or "auto", output_loading_info=True, **split, **source
-        )
+        if mapped is not None:
+            model_class, tensors = mapped
+            model, report = model_class.from_pretrained(
+                None, config=config, state_dict=tensors, dtype=wanted, output_loading_info=True
+            )
+        else:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                path, config=config, dtype=torch_dtype or "auto", output_loading_info=True, **split, **source
+            )
     # A damaged file; other shapes; a device map that does not fit, or accelerate missing.
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise CheckpointError(f"model={path!r} can't be loaded: {first_line(error)}") from error
@@ -71,6 +92,25 @@ def load_checkpoint(
     loaded: nn.Module = model if split else model.to(torch_device)
     check_in_memory(loaded)
     return loaded.eval().requires_grad_(False)
+
+
+def _mapped(
+    path: str, config: Any, dtype: torch.dtype, *, revision: str | None, trust_remote_code: bool
+) -> tuple[Any, dict[str, torch.Tensor]] | None:
+    """The model's class and all its tensors, mapped from a converted file; None: it is to be loaded as usual."""
+    try:
+        with torch.device("meta"):
+            empty: Any = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+        # transformers leaves some tensors of some models in float32: cast and cast back, these would be others.
+        if empty._get_dtype_plan(dtype) or any(p.dtype != dtype for p in empty.parameters()):
+            raise NotConvertedError(f"some tensors of this model are not to be {dtype}")
+        tensors = converted_tensors(path, dtype, revision=revision)
+    except Exception as error:  # a copy always works
+        logger.warning("the scorer's weights are a copy in its own memory, in %s: %s", dtype, first_line(error))
+        return None
+    return None if tensors is None else (type(empty), tensors)
 
 
 def load_config(

@@ -23,7 +23,8 @@ def fingerprint_of(model: nn.Module, mode: str) -> str:
     config: Any = model.config
     settings = {name: value for name, value in config.to_dict().items() if name not in _NO_INFLUENCE}
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    add_tensors(digest, model.named_parameters())
+    # A layer that had an adapter holds its own weights one name deeper.
+    add_tensors(digest, ((name.replace(".base_layer.", "."), p) for name, p in model.named_parameters()))
     return digest.hexdigest()[:12]
 
 

@@ -103,6 +103,23 @@ def test_another_adapter_at_the_same_place_is_loaded_anew(scorers, saved):
     assert_score_of(score(scorers.of(path)), other_model)
 
 
+def test_changed_base_weights_are_scored_under_another_name(base_model, saved):
+    base, changed = copy.deepcopy(base_model), copy.deepcopy(base_model)
+    path, model = saved("on_changed")
+    scorers = AdapterScorers(Scorer.from_model(base))
+    before = {name: scorers.of(name).fingerprint for name in (path, None)}
+    with torch.no_grad():
+        for each in (base, changed, model):
+            for name, parameter in each.named_parameters():
+                if "lora_" not in name:
+                    parameter.mul_(1.1)
+    scorers.weights_changed()
+    fresh = AdapterScorers(Scorer.from_model(copy.deepcopy(changed)))
+    for name, expected in ((None, changed), (path, model), (None, changed)):
+        assert_score_of(score(scorers.of(name)), expected)
+        assert scorers.of(name).fingerprint == fresh.of(name).fingerprint != before[name]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

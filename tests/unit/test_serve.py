@@ -66,6 +66,21 @@ def test_serve_keeps_the_environments_config_and_plugins(executed, monkeypatch, 
     assert environment[CONFIG_VARIABLE] == str(config)
 
 
+def test_shared_weights_want_flags_of_vllm(executed, capsys):
+    asked = ["serve", "some/model", "--gnuq-scorer-weights", "shared"]
+    assert cli.main(asked) == 0
+    command = executed[0][1]
+    extension = "gnuq_serve.vllm.worker_extension.GnuqWorkerExtension"
+    assert command[3:] == ["some/model", "--load-format", "gnuq", "--worker-extension-cls", extension]
+    for flag, words in {
+        "--load-format": ["--load_format", "dummy"],
+        "--worker-extension-cls": ["--worker-extension-cls=mine.Extension"],
+    }.items():
+        assert cli.main([*asked, *words]) != 0
+        assert f"scorer_weights: shared sets {flag} itself" in capsys.readouterr().err
+    assert len(executed) == 1
+
+
 def test_our_flags_become_variables_and_vllm_gets_its_own(executed):
     given = ["--gnuq-max-queue", "7", "--no-gnuq-mirror-in-logprobs", "--gnuq-mode=answer_only"]
     assert cli.main(["serve", "some/model", *given, "--max-num-seqs", "8", "--help=queue"]) == 0

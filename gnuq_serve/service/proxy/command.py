@@ -104,6 +104,7 @@ async def _serve(args: argparse.Namespace, settings: Settings) -> None:
         revision=args.revision,
         trust_remote_code=args.trust_remote_code,
         config_overrides=args.hf_overrides,
+        quantization=facts.quantization,
         raw_logprobs=args.logprobs_mode == "raw_logprobs",
         end_of_turn_ids=facts.end_of_turn_ids,
     )

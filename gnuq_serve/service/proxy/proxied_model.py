@@ -35,12 +35,14 @@ class ModelFacts(msgspec.Struct, frozen=True):
         sampling: how vLLM draws answers where a request does not say, unless ``--generation-config`` tells it
             otherwise.
         thinking_end_ids: tokens of the text that ends the model's thinking, where it was asked for.
+        quantization: how its weights are quantised; None: they are plain, as far as its files say.
     """
 
     end_of_turn_ids: tuple[int, ...]
     context: int | None
     sampling: dict[str, Any] = {}
     thinking_end_ids: tuple[int, ...] = ()
+    quantization: str | None = None
 
 
 def read_facts(
@@ -107,7 +109,11 @@ def _read_facts(
         # As vLLM's parsers do: by its name in the vocabulary, which need not be how the text is tokenised.
         known = tokenizer.get_vocab().get(thinking_end)
         end = [known] if known is not None else tokenizer.encode(thinking_end, add_special_tokens=False)
-    return ModelFacts(tuple(dict.fromkeys(ids())), context, sampling, tuple(end))
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None and not isinstance(quantised, dict):
+        quantised = quantised.to_dict()
+    quantization = None if quantised is None else str(quantised.get("quant_method", "quantised"))
+    return ModelFacts(tuple(dict.fromkeys(ids())), context, sampling, tuple(end), quantization)
 
 
 def differences(served: ServedModel, facts: ModelFacts, listed: Sequence[Model]) -> list[str]:

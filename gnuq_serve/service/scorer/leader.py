@@ -119,6 +119,7 @@ class ScorerLeader:
                         "the scorer is ready after %.1f s: %s in %s on %s, fingerprint %s",
                         *(ready_at - start, state.model, state.dtype, state.device, state.fingerprint),
                     )
+                    logger.info("the scorer's memory: %s", state.memory)
                 self._tell(SharedState(state=state, endpoint=endpoint, start_seconds=ready_at - start))
             reason = await child.ended()
         except msgspec.MsgspecError as error:

@@ -10,6 +10,7 @@ from gnuq_serve.score_options import ScoreOptions
 from gnuq_serve.uncertainty import Mode
 
 OnOverload = Literal["skip", "wait"]
+ScorerWeights = Literal["auto", "shared", "checkpoint"]
 ScorerStatus = Literal["starting", "ready", "restarting", "failed", "stopped"]
 
 
@@ -19,8 +20,13 @@ class ScorerConfig(msgspec.Struct, frozen=True, kw_only=True):
     endpoint: str = ""  # chosen by whoever starts the process
     model: str
     served_model: str
+    weights: ScorerWeights = "auto"
+    shared: str | None = None  # the engine's, as a ``SharedWeights`` in JSON; None: load a checkpoint
+    shared_refused: str | None = None  # why there are none although they were asked for
+    engine_workers: int = 1  # over which the engine's weights are split
     dtype: str = "auto"
     device: str = "auto"
+    device_map: str | None = None
     threads: int = 1
     mode: Mode = "exact"  # for the warm-up
     max_batch_tokens: int = 2048
@@ -34,6 +40,31 @@ class ScorerConfig(msgspec.Struct, frozen=True, kw_only=True):
     on_overload: OnOverload = "skip"
 
 
+class ScorerMemory(msgspec.Struct, frozen=True, kw_only=True):
+    """What the scorer takes, in bytes.
+
+    Attributes:
+        weights: all of them.
+        own_weights: those that are a copy of its own; the others lie in a file or in the engine.
+        pass_tokens: positions in a full pass.
+        pass_bytes: what it takes beyond the weights.
+        budget: what no pass goes over.
+    """
+
+    weights: int
+    own_weights: int
+    pass_tokens: int
+    pass_bytes: int
+    budget: int
+
+    def __str__(self) -> str:
+        own = "all its own" if self.own_weights == self.weights else f"{_gib(self.own_weights)} its own"
+        return (
+            f"weights {_gib(self.weights)} ({own}), a pass of {self.pass_tokens} tokens up to "
+            f"{_gib(self.pass_bytes)} more, the longest up to {_gib(self.budget)} (memory_budget)"
+        )
+
+
 class ScorerState(msgspec.Struct, frozen=True, kw_only=True):
     """How the scorer process is; it prints one such line when it is ready, or when it can't be."""
 
@@ -43,6 +74,8 @@ class ScorerState(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str | None = None
     device: str | None = None
     fingerprint: str | None = None
+    weights: str | None = None  # the name of their source
+    memory: ScorerMemory | None = None
 
 
 class ScoreRequest(msgspec.Struct, frozen=True, tag="score"):
@@ -110,3 +143,7 @@ class Pong(msgspec.Struct, frozen=True, tag="pong"):
 
 
 Reply = ScoreReply | Started | QueueFull | Pong
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"

@@ -25,10 +25,11 @@ from gnuq_serve.scorer import Sample, Scorer
 from gnuq_serve.service.scorer.desk import Desk
 from gnuq_serve.service.scorer.folder import ScorerFolder
 from gnuq_serve.service.scorer.freed_memory import give_back
+from gnuq_serve.service.scorer.loading import load_scorer, memory_of
 from gnuq_serve.service.scorer.messages import ScorerConfig, ScorerState
 from gnuq_serve.service.scorer.queue import Entry
 from gnuq_serve.uncertainty import Uncertainty
-from gnuq_serve.weights.checkpoint import check_same_vocabulary
+from gnuq_serve.weights.steady import ChangingWeightsError, SteadyPasses
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ def main() -> int:
     threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
     torch.set_num_threads(config.threads)
     try:
-        scorer = _load(config)
+        scorer, source = load_scorer(config)
         # Warm-up: the first user does not pay for lazy initialisation, and for measuring what a pass takes.
         scorer.score([Sample([0, 0], [0])], mode=config.mode)
         desk = Desk(config)
@@ -62,6 +63,8 @@ def main() -> int:
             dtype=scorer.dtype,
             device=scorer.device,
             fingerprint=scorer.fingerprint,
+            weights=source.name,
+            memory=memory_of(scorer, config.max_batch_tokens),
         ),
     )
     adapters = AdapterScorers(
@@ -70,36 +73,21 @@ def main() -> int:
         max_batch_tokens=config.max_batch_tokens,
         memory_budget=config.memory_budget,
     )
-    _serve(adapters, desk)
+    _serve(adapters, SteadyPasses(source, adapters.weights_changed), desk)
     return 0
 
 
-def _load(config: ScorerConfig) -> Scorer:
-    if config.gpu_memory_fraction is not None:
-        for device in range(torch.cuda.device_count()):
-            torch.cuda.set_per_process_memory_fraction(config.gpu_memory_fraction, device)
-    if config.model != config.served_model:
-        check_same_vocabulary(config.model, config.served_model, trust_remote_code=config.trust_remote_code)
-    return Scorer.from_pretrained(
-        config.model,
-        dtype=config.dtype,
-        device=config.device,
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-        config_overrides=config.config_overrides,
-        max_batch_tokens=config.max_batch_tokens,
-        memory_budget=config.memory_budget,
-    )
-
-
-def _serve(scorers: AdapterScorers, desk: Desk) -> None:
+def _serve(scorers: AdapterScorers, passes: SteadyPasses, desk: Desk) -> None:
     """Score batch after batch."""
     while True:
         batch = desk.next_batch()
+        adapter = batch[0].request.adapter  # the same for the whole batch
         try:
-            results = _score(scorers.of(batch[0].request.adapter), batch)  # the same for the whole batch
+            results = passes.run(lambda: _score(scorers.of(adapter), batch))  # noqa: B023  (called at once)
         except AdapterError as error:
             results = [Uncertainty.skipped(f"adapter not loaded: {error}")] * len(batch)
+        except ChangingWeightsError as error:
+            results = [Uncertainty.failed(str(error))] * len(batch)
         desk.reply(batch, [result.to_dict() for result in results])
         if desk.idle:
             give_back()

@@ -34,6 +34,7 @@ _REASONS = (
 _WARNINGS = (
     ("disagreement", r"the scorer's log-probability .* differs from the engine's"),
     ("grammar", r"a grammar forced tokens"),
+    ("approximate_weights", r"approximate_weights"),
     ("thinking_boundary", r"where the thinking ends was not found"),
     ("answer_only", r"mode answer_only"),
     ("no_trace", r"no trace"),

@@ -13,7 +13,8 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 def contradiction(settings: Settings) -> str | None:
     """What cannot be held and the remedy, naming the settings; None: all can."""
-    return _of_decisions(settings) or _of_scoring(settings) or (_of_gating(settings) if settings.gates else None)
+    scorer = _of_weights(settings) or _of_scoring(settings)
+    return _of_decisions(settings) or scorer or (_of_gating(settings) if settings.gates else None)
 
 
 def _of_decisions(settings: Settings) -> str | None:
@@ -31,6 +32,18 @@ def _of_decisions(settings: Settings) -> str | None:
             )
     if settings.max_error is not None and not settings.calibrations:
         return "max_error is kept by a calibration: name one in calibrations"
+    return None
+
+
+def _of_weights(settings: Settings) -> str | None:
+    if settings.scorer_weights == "shared":
+        for name in ("scorer_model", "scorer_device_map"):
+            if getattr(settings, name) is not None:
+                return f"scorer_weights: shared means vLLM's own weights, {name} other ones: set one of them"
+        if settings.scorer_dtype != "auto" or settings.scorer_device not in ("auto", "cpu"):
+            return "scorer_weights: shared has vLLM's dtype, on the CPU: leave out scorer_dtype and scorer_device"
+    if settings.scorer_device_map is not None and settings.scorer_device != "auto":
+        return "scorer_device and scorer_device_map both say where the scorer's weights go: set one of them"
     return None
 
 

@@ -32,8 +32,20 @@ class Settings(BaseModel):
     scorer_model: str | None = Field(
         None, description="Checkpoint to score with; the served model by default. Same vocabulary required."
     )
+    scorer_weights: Literal["auto", "shared", "checkpoint"] = Field(
+        "auto",
+        description="Where the scorer's weights come from: a checkpoint of its own, or vLLM's tensors (shared: "
+        "no second copy, but a CPU's engine makes a third fewer tokens a second under load; a GPU's is refused). "
+        "auto on a CPU: a checkpoint, mapped; where its dtype is not the scorer's, from a converted file that is "
+        "written once to the cache (GNUQ_CACHE). checkpoint: as it is, without such a file.",
+    )
     scorer_dtype: str = Field("auto", description="Dtype of the scorer's weights; auto: as served.")
     scorer_device: str = Field("auto", description="Device of the scorer, such as cpu or cuda:1.")
+    scorer_device_map: str | None = Field(
+        None,
+        description="Instead of scorer_device: how the scorer's checkpoint is split over several GPUs, such as "
+        "balanced, as transformers takes it.",
+    )
     scorer_threads: int = Field(1, ge=1, description="CPU threads of the scorer process.")
     scorer_gpu_memory_fraction: float | None = Field(
         None,
