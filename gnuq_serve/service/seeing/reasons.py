@@ -43,7 +43,6 @@ _WARNINGS = (
     ("not_applicable", r"calibration .* does not apply"),
     ("no_threshold", r"no threshold of calibration"),
     ("calibration", r"calibration \S+ does not apply"),
-    ("no_threshold", r"no threshold of calibration"),
 )
 
 
