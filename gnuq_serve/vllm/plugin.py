@@ -18,7 +18,6 @@ from gnuq_serve.service.seeing.telemetry import span_observer
 from gnuq_serve.service.service import UncertaintyService
 from gnuq_serve.service.settings.model import load_settings
 from gnuq_serve.vllm.served_model import served_model, server
-from gnuq_serve.vllm.sharing import share_weights
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +66,9 @@ class GnuqPlugin:
         workers = engine_client.vllm_config.parallel_config.world_size
         served = served_model(engine_client.model_config, state, workers)
         if self._service.settings.scorer_weights == "shared":
+            # Here: vLLM imports this file in each of its processes, and torch comes along.
+            from gnuq_serve.vllm.sharing import share_weights
+
             shared, refused = await share_weights(engine_client)
             served = msgspec.structs.replace(served, shared=shared, shared_refused=refused)
         self._service.start(served, server(state, args))

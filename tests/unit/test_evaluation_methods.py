@@ -237,7 +237,7 @@ def test_semgrad_at_each_position_is_the_scorers(tiny_llama):
     from gnuq_serve.evaluation.prompt_positions import POSITIONS, PromptPositions
     from gnuq_serve.scorer import Sample, Scorer
 
-    model = tiny_llama(dtype=torch.float32).requires_grad_(False)
+    model = tiny_llama(dtype=torch.float32, num_hidden_layers=4).requires_grad_(False)
     prompt, answer = [3, 7, 11, 2, 20], [9, 4, 30]
     found = PromptPositions(model).measure(prompt, answer)["semgrad"]
     assert len(set(found.values())) == len(POSITIONS)
