@@ -112,12 +112,12 @@ def step_memory(jobs: Sequence[Job], scorer: int | None) -> dict[str, int]:
 
 def scorer_peak(server_pid: int) -> int | None:
     """Largest memory that the scorer's process ever had, in bytes; None where there is none to be found."""
-    import psutil
+    from gnuq_serve.service.scorer.title import scorer_of
 
-    with suppress(psutil.Error, OSError, ValueError):
-        for process in psutil.Process(server_pid).children(recursive=True):
-            if "scorer" in " ".join(process.cmdline()):
-                status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
-                peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-                return int(peak.split()[1]) * 1024
+    if (process := scorer_of(server_pid)) is None:
+        return None
+    with suppress(OSError, StopIteration):
+        status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
+        peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+        return int(peak.split()[1]) * 1024
     return None

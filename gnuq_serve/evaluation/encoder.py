@@ -36,10 +36,12 @@ class Encoder:
     def __init__(self, folder: str | Path, *, threshold: float) -> None:
         from transformers import AutoModel, AutoTokenizer
 
+        from gnuq_serve.weights.room import weight_bytes
+
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         self._model: Any = AutoModel.from_pretrained(folder).eval()
         self._threshold = threshold
-        self.bytes = sum(p.numel() * p.element_size() for p in self._model.parameters())
+        self.bytes = weight_bytes(self._model)
 
     def encode(self, texts: Sequence[str]) -> Any:
         """Unit vectors, ``(texts, d)``."""

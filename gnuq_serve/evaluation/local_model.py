@@ -12,6 +12,7 @@ from gnuq_serve.evaluation.hidden_state import encode
 from gnuq_serve.evaluation.prompt_positions import PromptPositions
 from gnuq_serve.evaluation.steps.base import Result
 from gnuq_serve.weights import load_checkpoint
+from gnuq_serve.weights.room import weight_bytes
 
 DEPTH = 0.6  # of the layers: about where SAPLMA (arXiv:2304.13734) finds truth easiest to read
 
@@ -40,7 +41,7 @@ class LocalModel:
     def _use(self, model: Any) -> None:
         self._model = model.eval().requires_grad_(False)
         self._device = model.get_input_embeddings().weight.device
-        self.bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        self.bytes = weight_bytes(model)
 
     def positions(self) -> PromptPositions:
         """SemGrad at several positions, with the same weights."""

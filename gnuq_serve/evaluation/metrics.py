@@ -17,6 +17,7 @@ Every function takes weights ``(resamples, n)``: how often each answer was drawn
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,6 +75,13 @@ def all_metrics(ordered: Ordered, weights: FloatArray) -> dict[str, FloatArray]:
     return {name: np.where(both, values, np.nan) for name, values in found.items()}
 
 
+def auroc_alone(ordered: Ordered, weights: FloatArray) -> dict[str, FloatArray]:
+    """As `all_metrics`, without all others."""
+    right, wrong = ordered.groups(weights)
+    with np.errstate(invalid="ignore"):
+        return {"auroc": _auroc(right, wrong)}
+
+
 def draws(count: int, resamples: int, seed: int) -> FloatArray:
     """How often each of ``count`` answers is drawn in each resample, ``(resamples, count)``."""
     rng = np.random.default_rng(seed)
@@ -81,26 +89,28 @@ def draws(count: int, resamples: int, seed: int) -> FloatArray:
 
 
 def with_intervals(
-    uncertainty: FloatArray, correct: BoolArray, weights: FloatArray
+    uncertainty: FloatArray,
+    correct: BoolArray,
+    weights: FloatArray,
+    measure: Callable[[Ordered, FloatArray], dict[str, FloatArray]] = all_metrics,
 ) -> tuple[dict[str, Interval], FloatArray]:
-    """Every metric with its 95 % percentile bootstrap interval, and the resampled AUROCs.
+    """Metrics with their 95 % percentile bootstrap intervals, and the resampled AUROCs.
 
     Args:
         uncertainty: ``(n,)``; NaN where a method has no value: such answers are left out.
         correct: ``(n,)``.
         weights: ``(resamples, n)``, see `draws`; the same for all methods, so that differences are paired.
+        measure: gives the metrics, the AUROC among them.
     """
     there = np.isfinite(uncertainty)
     nothing = np.full(weights.shape[0], np.nan)
     if not there.any():
         return {name: Interval(value=None, low=None, high=None) for name in METRICS}, nothing
     ordered = Ordered.of(uncertainty[there], correct[there])
-    value = all_metrics(ordered, np.ones((1, int(there.sum()))))
-    chunks = [
-        all_metrics(ordered, weights[at : at + _CHUNK][:, there]) for at in range(0, weights.shape[0], _CHUNK)
-    ]
-    resampled = {name: np.concatenate([nothing[:0], *(chunk[name] for chunk in chunks)]) for name in METRICS}
-    return {name: interval(_known(value[name][0]), resampled[name]) for name in METRICS}, resampled["auroc"]
+    value = measure(ordered, np.ones((1, int(there.sum()))))
+    chunks = [measure(ordered, weights[at : at + _CHUNK][:, there]) for at in range(0, weights.shape[0], _CHUNK)]
+    resampled = {name: np.concatenate([nothing[:0], *(chunk[name] for chunk in chunks)]) for name in value}
+    return {name: interval(_known(value[name][0]), resampled[name]) for name in value}, resampled["auroc"]
 
 
 def risk_coverage(uncertainty: FloatArray, correct: BoolArray) -> tuple[FloatArray, FloatArray]:

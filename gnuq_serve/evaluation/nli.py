@@ -24,6 +24,8 @@ class Entailment:
     def __init__(self, folder: str | Path) -> None:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+        from gnuq_serve.weights.room import weight_bytes
+
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         self._model: Any = AutoModelForSequenceClassification.from_pretrained(folder).eval()
         labels = {int(at): str(label).lower() for at, label in self._model.config.id2label.items()}
@@ -31,7 +33,7 @@ class Entailment:
         if len(found) != 1:
             raise ValueError(f"--nli {folder}: its classes are {', '.join(labels.values())}; none is entailment")
         self._entails = found[0]
-        self.bytes = sum(p.numel() * p.element_size() for p in self._model.parameters())
+        self.bytes = weight_bytes(self._model)
 
     def compare(self, question: str, answer: str, samples: Sequence[str]) -> Result:
         """Clusters of samples, and which agree with the answer."""

@@ -14,7 +14,7 @@ from gnuq_serve.evaluation.clustering import clustered, same_number, same_words
 from gnuq_serve.evaluation.correctness import is_right
 from gnuq_serve.evaluation.costs import Cost
 from gnuq_serve.evaluation.methods.base import Method, Setting
-from gnuq_serve.evaluation.metrics import draws, with_intervals
+from gnuq_serve.evaluation.metrics import auroc_alone, draws, with_intervals
 from gnuq_serve.evaluation.question_sets import QuestionSet
 from gnuq_serve.evaluation.steps import Job
 from gnuq_serve.uncertainty import Uncertainty
@@ -150,8 +150,8 @@ def evaluated(
 
 def _difference(one: FloatArray, other: FloatArray, correct: BoolArray, weights: FloatArray) -> Interval:
     both = np.isfinite(one) & np.isfinite(other)
-    first, resampled = with_intervals(np.where(both, one, np.nan), correct, weights)
-    second, resampled_too = with_intervals(np.where(both, other, np.nan), correct, weights)
+    first, resampled = with_intervals(np.where(both, one, np.nan), correct, weights, auroc_alone)
+    second, resampled_too = with_intervals(np.where(both, other, np.nan), correct, weights, auroc_alone)
     if first["auroc"].value is None or second["auroc"].value is None:
         return Interval(value=None, low=None, high=None)
     return interval(first["auroc"].value - second["auroc"].value, resampled - resampled_too)

@@ -5,12 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gnuq_serve.calibration.collecting import Progress
 from gnuq_serve.evaluation.steps import HERE, Job, Result
 from gnuq_serve.evaluation.working_file import EvaluationFile
+
+if TYPE_CHECKING:
+    from gnuq_serve.evaluation.local_model import LocalModel
+
+
+_LOCAL = ("hidden", "positions")  # steps that read the same weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,37 +45,42 @@ class Models:
 
 def run_here(
     jobs: Sequence[Job], needed: Collection[str], models: Models, work: EvaluationFile, progress: Progress
-) -> dict[str, int]:
-    """Do the needed steps; returns the bytes of each model that was loaded."""
-    sizes = {}
+) -> None:
+    """Do the needed steps."""
+
+    @lru_cache(maxsize=1)
+    def local() -> LocalModel:
+        from gnuq_serve.evaluation.local_model import LocalModel
+
+        return LocalModel(str(models.local), dtype=models.local_dtype)
+
     for name in HERE:
         asked = [job for job in jobs if name in needed and _applies(name, job)]
         by = models.name_of(name)
         todo = [job for job in asked if job.results.get(name, {}).get("by") != by]
         if not todo:
             continue
-        sizes[name], run = _loaded(name, models)
+        if name not in _LOCAL:
+            local.cache_clear()  # make room for the next model
+        size, run = _loaded(name, models, local)
         bar = progress(name, len(asked) - len(todo), len(asked))
         for job in todo:
             start = time.perf_counter()
             result = run(job)
             result["seconds"] = time.perf_counter() - start
-            work.add(job.set_name, job.case.key, name, {**result, "bytes": sizes[name], "by": by})
+            work.add(job.set_name, job.case.key, name, {**result, "bytes": size, "by": by})
             bar()
-    return sizes
 
 
 def _applies(name: str, job: Job) -> bool:
     if "failure" in job.results.get("answer", {"failure": ""}):
         return False
-    return name in ("hidden", "positions") or "texts" in job.results.get("samples", {})
+    return name in _LOCAL or "texts" in job.results.get("samples", {})
 
 
-def _loaded(name: str, models: Models) -> tuple[int, Callable[[Job], Result]]:
-    if name in ("hidden", "positions"):
-        from gnuq_serve.evaluation.local_model import LocalModel
-
-        model = LocalModel(str(models.local), dtype=models.local_dtype)
+def _loaded(name: str, models: Models, local: Callable[[], LocalModel]) -> tuple[int, Callable[[Job], Result]]:
+    if name in _LOCAL:
+        model = local()
         measure = model.measure if name == "hidden" else model.positions().measure
 
         def read(job: Job) -> Result:

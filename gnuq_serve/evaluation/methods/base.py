@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from gnuq_serve.calibration.features import FEATURES
 from gnuq_serve.evaluation.answered import Answered
 
 Values = list[float | None]
@@ -42,6 +43,27 @@ class Method:
 def each(read: Callable[[Answered], float | None]) -> Callable[[Sequence[Answered], Setting], Values]:
     """The values of a method that looks at one answer at a time."""
     return lambda answers, _setting: [read(answer) for answer in answers]
+
+
+def of_feature(name: str, title: str, *, feature: str, sign: float = 1.0, pays: tuple[str, ...] = ()) -> Method:
+    """A signal of `gnuq_serve.calibration.features` by itself; ``sign``: -1 where a low one is uncertain."""
+    read = FEATURES[feature].read
+
+    def value(answer: Answered) -> float | None:
+        found = read(answer.uncertainty)
+        return None if found is None else sign * found
+
+    return Method(name=name, title=title, pays=pays, values=each(value))
+
+
+def doubt(step: str, title: str) -> Method:
+    """``1 - p``, p the probability of being right that a step says; the method has the step's name."""
+
+    def value(answer: Answered) -> float | None:
+        p = answer.result(step, "p")
+        return None if p is None else 1.0 - p
+
+    return Method(name=step, title=title, needs=("score", step), pays=(step,), values=each(value))
 
 
 def named(methods: Iterable[Method]) -> dict[str, Method]:

@@ -9,7 +9,7 @@ import math
 
 from gnuq_serve.calibration.features import FEATURES
 from gnuq_serve.evaluation.answered import Answered
-from gnuq_serve.evaluation.methods.base import Method, each
+from gnuq_serve.evaluation.methods.base import Method, each, of_feature
 
 
 def log_epistemic_normalized(answer: Answered) -> float | None:
@@ -43,16 +43,16 @@ METHODS = (
         pays=("gradient",),
         values=each(log_epistemic_normalized),
     ),
-    Method(
-        name="grad_norm",
-        title="squared gradient norm of l = log S",
+    of_feature(
+        "grad_norm",
+        "squared gradient norm of l = log S",
+        feature="log_grad_norm_sq",
         pays=("gradient",),
-        values=each(lambda answer: answer.uncertainty.log_grad_norm_sq),
     ),
-    Method(
-        name="mean_grad_norm",
-        title="squared gradient norm of l/T",
+    of_feature(
+        "mean_grad_norm",
+        "squared gradient norm of l/T",
+        feature="log_mean_grad_norm_sq",
         pays=("gradient",),
-        values=each(lambda answer: FEATURES["log_mean_grad_norm_sq"].read(answer.uncertainty)),
     ),
 )

@@ -1,23 +1,14 @@
 """Free: the answer's log-probability, which every server can give."""
 
-from __future__ import annotations
-
-from gnuq_serve.calibration.features import FEATURES
-from gnuq_serve.evaluation.answered import Answered
-from gnuq_serve.evaluation.methods.base import Method, each
-
-
-def _minus(name: str, answer: Answered) -> float | None:
-    value = FEATURES[name].read(answer.uncertainty)
-    return None if value is None else -value
-
+from gnuq_serve.evaluation.methods.base import of_feature
 
 METHODS = (
-    Method(name="nll", title="-l", values=each(lambda answer: _minus("log_probability", answer))),
-    Method(name="mean_nll", title="-l/T", values=each(lambda answer: _minus("mean_log_probability", answer))),
-    Method(
-        name="max_token_nll",
-        title="-log of the lowest token probability",
-        values=each(lambda answer: _minus("min_token_log_probability", answer)),
+    of_feature("nll", "-l", feature="log_probability", sign=-1.0),
+    of_feature("mean_nll", "-l/T", feature="mean_log_probability", sign=-1.0),
+    of_feature(
+        "max_token_nll",
+        "-log of the lowest token probability",
+        feature="min_token_log_probability",
+        sign=-1.0,
     ),
 )
