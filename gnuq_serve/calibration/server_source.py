@@ -10,6 +10,7 @@ from typing import Any
 
 from gnuq_serve.calibration.answers import AnswerError, OnAnswer, Sampling
 from gnuq_serve.calibration.questions import Question
+from gnuq_serve.calibration.workers import run_workers
 from gnuq_serve.calibration.working_file import Answer
 from gnuq_serve.uncertainty import Uncertainty
 
@@ -86,13 +87,7 @@ class ServerSource:
                     raise AnswerError(f"{self._url} refuses every question: {answer.failure}")
 
         async with self._openai.AsyncOpenAI(**self._connection) as client:
-            tasks = [asyncio.create_task(work()) for _ in range(min(self._concurrency, len(questions)))]
-            try:
-                await asyncio.gather(*tasks)
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+            await run_workers(work, min(self._concurrency, len(questions)))
 
     async def _one(self, client: Any, question: Question) -> Answer:
         try:

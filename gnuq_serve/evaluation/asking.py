@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gnuq_serve.calibration.collecting import Progress
+from gnuq_serve.calibration.workers import run_workers
 from gnuq_serve.evaluation.prompts import Prompter
 from gnuq_serve.evaluation.question_sets import QuestionSet
 from gnuq_serve.evaluation.server import ModelServer, RefusedError
@@ -88,18 +88,12 @@ async def _ask(
     bar = progress(f"{jobs[0].set_name} {step.what}", len(asked) - len(todo), len(asked))
     waiting = iter(todo)
 
-    async def worker() -> None:
+    async def work_off() -> None:
         for job in waiting:
             work.add(job.set_name, job.case.key, step.name, await _one(server, step, job))
             bar()
 
-    tasks = [asyncio.create_task(worker()) for _ in range(min(concurrency, len(todo)))]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    await run_workers(work_off, min(concurrency, len(todo)))
 
 
 async def _one(server: ModelServer, step: Step, job: Job) -> Result:
