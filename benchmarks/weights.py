@@ -46,6 +46,7 @@ from gnuq_serve.managed_server import ManagedServer
 from gnuq_serve.service.scorer.client import ScorerClient
 from gnuq_serve.service.scorer.messages import ScorerConfig
 from gnuq_serve.weights import load_checkpoint
+from gnuq_serve.weights.room import weight_bytes
 
 SOURCES = ("checkpoint", "auto", "shared")
 MIB = 2**20
@@ -159,7 +160,7 @@ def report(found: dict[str, Any], sources: list[str]) -> None:
     """A table in Markdown."""
     base = found["without_weights_mib"]
     model = load_checkpoint(str(ensure_demo_model(DEMO)), dtype="float32", device="cpu")
-    weights = sum(parameter.nbytes for parameter in model.parameters()) / MIB
+    weights = weight_bytes(model) / MIB
     print(f"weights {weights:.0f} MiB; the process without them {base['uss']:.0f} MiB\n")
     print(
         "| scorer's weights | USS over that | of it, pages of a mapped file | its own | share of the weights "

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from gnuq_serve.gradnorm import UnsupportedModelError, cover, token_grad_norms
 from gnuq_serve.gradnorm.oracle import Oracle
@@ -20,6 +20,7 @@ from gnuq_serve.gradnorm.runner import is_out_of_memory
 from gnuq_serve.scorer import Sample, Scorer
 from gnuq_serve.uncertainty import Mode, exp_or_none
 from gnuq_serve.weights.checkpoint import load_checkpoint, load_config, parse_dtype
+from gnuq_serve.weights.empty import empty_model
 
 # What rounding explains: autograd runs in float64 beside a float64 pass, in float32 beside any other.
 TOLERANCE = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}
@@ -265,10 +266,7 @@ def _loaded(path: str, options: CheckOptions) -> nn.Module:
 def _without_weights(path: str, options: CheckOptions) -> nn.Module:
     dtype = parse_dtype(options.dtype)
     config = load_config(path, revision=options.revision, trust_remote_code=options.trust_remote_code)
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(
-            config, trust_remote_code=options.trust_remote_code, **({"dtype": dtype} if dtype else {})
-        )
+    model: nn.Module = empty_model(config, dtype=dtype, trust_remote_code=options.trust_remote_code)
     return model
 
 

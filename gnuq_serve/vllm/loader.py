@@ -9,7 +9,6 @@ import dataclasses
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -88,12 +87,12 @@ def traced_weights(model: nn.Module) -> Traced:
     Raises:
         SourceRefused: another loader did, or this one could not follow.
     """
-    traced: Any = getattr(model, _TRACED, None)
+    traced: Traced | str | None = getattr(model, _TRACED, None)
     if traced is None:
         raise SourceRefused(f"vLLM loaded its weights another way: start it with --load-format {LOAD_FORMAT}")
     if isinstance(traced, str):
         raise SourceRefused(traced)
-    return traced  # type: ignore[no-any-return]
+    return traced
 
 
 def _traced(model: nn.Module, recorder: CopyRecorder | None, vllm_config: VllmConfig) -> Traced:

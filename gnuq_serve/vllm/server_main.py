@@ -13,8 +13,6 @@ from vllm.logger import configure_logging_from_args
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from gnuq_serve.service.settings.model import load_settings
-
 
 def main() -> None:
     """Parse every flag of ``vllm serve`` and serve."""
@@ -23,7 +21,9 @@ def main() -> None:
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
     if current_platform.is_cuda_alike():
-        from gnuq_serve.vllm.room import leave_room  # torch and transformers, which a CPU's server needs not yet
+        # Here: a CPU's server needs none of it, and each of vLLM's processes imports this file again.
+        from gnuq_serve.service.settings.model import load_settings
+        from gnuq_serve.vllm.room import leave_room
 
         leave_room(args, load_settings())
     ServeSubcommand.cmd(args)

@@ -50,8 +50,9 @@ async def _probed(engine_client: Any) -> dict[str, str]:
 
 
 async def _ask(engine_client: Any) -> dict[str, str]:
-    answers = await engine_client.collective_rpc("gnuq_share_weights")
-    return answers[0]  # type: ignore[no-any-return]
+    answer: dict[str, str]
+    answer, *_ = await engine_client.collective_rpc("gnuq_share_weights")
+    return answer
 
 
 def _probe_ids(model_config: Any) -> list[int]:

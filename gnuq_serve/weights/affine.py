@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 
-class NotAView(ValueError):  # noqa: N818
+class NotAViewError(ValueError):
     """The copies put the tensor in no regular place; the message says what they did."""
 
 
@@ -52,20 +52,20 @@ def view_of(shape: Sequence[int], copies: Sequence[Copied]) -> tuple[int, tuple[
         Offset and strides in that storage, in elements.
 
     Raises:
-        NotAView: the parts lie in no common regular place, or are not the whole tensor.
+        NotAViewError: the parts lie in no common regular place, or are not the whole tensor.
     """
     boxes = {_box(shape, copied) for copied in copies}
     if sum(math.prod(box.lengths) for box in boxes) != math.prod(shape):
-        raise NotAView("the engine holds only a part of it, or a part twice")
+        raise NotAViewError("the engine holds only a part of it, or a part twice")
     strides: list[int] = []
     for side, length in enumerate(shape):
         known = {stride for box in boxes if (stride := box.strides[side]) is not None}
         if len(known) > 1 or (not known and length > 1):
-            raise NotAView("the engine put its parts in no common order")
+            raise NotAViewError("the engine put its parts in no common order")
         strides.append(known.pop() if known else 0)
     places = {box.to - sum(map(operator.mul, box.start, strides)) for box in boxes}
     if len(places) != 1:
-        raise NotAView("the engine put its parts in no common place")
+        raise NotAViewError("the engine put its parts in no common place")
     # What torch gives a side of one element: as if the next side went on.
     for side in reversed(range(len(shape))):
         if shape[side] == 1:
@@ -78,7 +78,7 @@ def _box(shape: Sequence[int], copied: Copied) -> _Box:
     """A copy in the source tensor's own dimensions.
 
     Raises:
-        NotAView: it repeats elements, or cuts the tensor across its dimensions.
+        NotAViewError: it repeats elements, or cuts the tensor across its dimensions.
     """
     rows = [math.prod(shape[side + 1 :]) for side in range(len(shape))]
     start = tuple(copied.offset // row % length for row, length in zip(rows, shape, strict=True))
@@ -86,20 +86,20 @@ def _box(shape: Sequence[int], copied: Copied) -> _Box:
     strides: list[int | None] = [None] * len(shape)
     for stride, to_stride, count in _joined(copied):
         if stride == 0:
-            raise NotAView("the engine repeated it")
+            raise NotAViewError("the engine repeated it")
         for side, row in reversed(list(enumerate(rows))):
             if count == 1 or shape[side] == 1 or row < stride:
                 continue
             if row > stride:
-                raise NotAView("the engine rearranged it")
+                raise NotAViewError("the engine rearranged it")
             taken = min(count, shape[side])
             if lengths[side] > 1 or count % taken or start[side] + taken > shape[side]:
-                raise NotAView("the engine rearranged it")
+                raise NotAViewError("the engine rearranged it")
             lengths[side], strides[side] = taken, to_stride
             # The rest of a flattened dimension goes on in the next one.
             stride, to_stride, count = stride * taken, to_stride * taken, count // taken
         if count > 1:
-            raise NotAView("the engine rearranged it")
+            raise NotAViewError("the engine rearranged it")
     return _Box(start, tuple(lengths), copied.to, tuple(strides))
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from gnuq_serve.weights.empty import empty_model
 from gnuq_serve.weights.source import SourceRefused
 
 
@@ -37,9 +37,7 @@ def assemble(
     Raises:
         SourceRefused: a parameter or buffer of it is not given, or not like this model's.
     """
-    options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, **options)
+    model = empty_model(config, dtype=dtype, trust_remote_code=trust_remote_code)
     model.tie_weights()
     device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
     _compute_buffers(model, device)

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gnuq_serve.errors import first_line
 from gnuq_serve.weights.converted import NotConvertedError, converted_tensors
+from gnuq_serve.weights.empty import empty_model
 
 logger = logging.getLogger(__name__)
 
@@ -99,10 +100,7 @@ def _mapped(
 ) -> tuple[Any, dict[str, torch.Tensor]] | None:
     """The model's class and all its tensors, mapped from a converted file; None: it is to be loaded as usual."""
     try:
-        with torch.device("meta"):
-            empty: Any = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=trust_remote_code
-            )
+        empty = empty_model(config, dtype=dtype, trust_remote_code=trust_remote_code)
         # transformers leaves some tensors of some models in float32: cast and cast back, these would be others.
         if empty._get_dtype_plan(dtype) or any(p.dtype != dtype for p in empty.parameters()):
             raise NotConvertedError(f"some tensors of this model are not to be {dtype}")

@@ -23,11 +23,11 @@ from safetensors import SafetensorError
 from gnuq_serve.cache import default_cache
 from gnuq_serve.errors import first_line
 from gnuq_serve.weights.safetensors_file import FLOATING, files_of, mapped, nbytes, write
+from gnuq_serve.weights.samples import some_values
 
 logger = logging.getLogger(__name__)
 
 _SPARE = 64 * 2**20  # left free on the disk
-_SAMPLES = 64  # values of each tensor that are compared with the checkpoint's each time
 _IN_MEMORY = {"tmpfs", "ramfs"}
 
 
@@ -133,9 +133,8 @@ def _read(file: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Te
 def _same(found: torch.Tensor, source: torch.Tensor) -> bool:
     if found.shape != source.shape:
         return False
-    step = max(1, source.numel() // _SAMPLES)
-    expected = source.flatten()[::step].to(found.dtype)
-    return torch.equal(found.flatten()[::step].nan_to_num(), expected.nan_to_num())
+    expected = some_values(source).to(found.dtype)
+    return torch.equal(some_values(found).nan_to_num(), expected.nan_to_num())
 
 
 def _identity(files: Sequence[Path]) -> tuple[str, str]:

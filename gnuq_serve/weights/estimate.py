@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from gnuq_serve.gradnorm import cover
 from gnuq_serve.gradnorm.linear import TILE_BYTES
 from gnuq_serve.gradnorm.memory import MemoryModel, measure
 from gnuq_serve.weights.checkpoint import load_config, parse_dtype
+from gnuq_serve.weights.empty import empty_model
 from gnuq_serve.weights.room import weight_bytes
 
 _VOCABULARY = 64  # of the small models; what the true one adds is known without trying
@@ -63,10 +63,9 @@ def estimate(
         model, revision=revision, trust_remote_code=trust_remote_code, config_overrides=config_overrides
     )
     chosen = parse_dtype(dtype) or config.dtype or torch.float32
-    options = {"dtype": chosen, "trust_remote_code": trust_remote_code}
-    with torch.device("meta"):
-        whole: Any = AutoModelForCausalLM.from_config(config, **options)
-        whole.tie_weights()
+    options: dict[str, Any] = {"dtype": chosen, "trust_remote_code": trust_remote_code}
+    whole = empty_model(config, **options)
+    whole.tie_weights()
     layers = config.get_text_config().num_hidden_layers
     one, two = _measured(config, 1, options), _measured(config, min(2, layers), options)
     memory = _extended(one, two, layers, whole.get_input_embeddings().weight)
@@ -82,8 +81,7 @@ def _measured(config: Any, layers: int, options: Mapping[str, Any]) -> MemoryMod
     text.num_hidden_layers, text.vocab_size = layers, _VOCABULARY
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(text, name, None)
-    with torch.device("meta"):
-        empty: Any = AutoModelForCausalLM.from_config(config, **options)
+    empty = empty_model(config, **options)
     model: nn.Module = empty.to_empty(device="cpu")
     empty.tie_weights()
     for tensor in (*model.parameters(), *model.buffers()):

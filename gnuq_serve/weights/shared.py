@@ -15,6 +15,7 @@ from gnuq_serve.weights.assemble import assemble
 from gnuq_serve.weights.checkpoint import load_config, parse_dtype
 from gnuq_serve.weights.layout import SharedWeights
 from gnuq_serve.weights.safetensors_file import files_of, mapped
+from gnuq_serve.weights.samples import some_values
 from gnuq_serve.weights.shared_file import MappedFile
 from gnuq_serve.weights.source import SourceRefused
 
@@ -47,7 +48,7 @@ class SharedSource:
             config_overrides: entries of its configuration to replace.
         """
         self._weights, self._model, self._dtype = weights, model, dtype
-        self._source = {"revision": revision, "trust_remote_code": trust_remote_code}
+        self._source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         self._overrides = config_overrides
         self._file: MappedFile | None = None
 
@@ -57,7 +58,7 @@ class SharedSource:
         if dtype is None:
             raise SourceRefused("dtype=auto: name the dtype that vLLM serves in")
         layout = self._weights.layout
-        config = load_config(self._model, config_overrides=self._overrides, **self._source)  # type: ignore[arg-type]
+        config = load_config(self._model, config_overrides=self._overrides, **self._source)
         self._file = MappedFile(self._weights.path, layout.storages[0])
         tensors = layout.on([self._file.storage])
         if self.version() == 0:  # once they have changed they need not be the checkpoint's
@@ -77,7 +78,7 @@ class SharedSource:
             SourceRefused: one differs.
         """
         try:
-            checkpoint = mapped(files_of(self._model, self._source["revision"]))  # type: ignore[arg-type]
+            checkpoint = mapped(files_of(self._model, self._source["revision"]))
         except (OSError, SafetensorError) as error:
             logger.warning("the engine's weights can't be compared with the checkpoint: %s", first_line(error))
             return
@@ -99,10 +100,6 @@ class SharedSource:
 
 def _equal(found: torch.Tensor, checkpoint: torch.Tensor, *, every: bool) -> bool:
     """Whether the engine's tensor is the checkpoint's in its dtype, at every value or at some."""
-    if not every and found.ndim:
-        rows = torch.linspace(0, len(found) - 1, min(len(found), 8)).long()
-        found, checkpoint = found[rows], checkpoint[rows]
-        if found.ndim > 1:
-            columns = torch.linspace(0, found.shape[1] - 1, min(found.shape[1], 8)).long()
-            found, checkpoint = found[:, columns], checkpoint[:, columns]
+    if not every:
+        found, checkpoint = some_values(found), some_values(checkpoint)
     return torch.equal(found, checkpoint.to(found.dtype))

@@ -18,10 +18,9 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gnuq_serve.weights.affine import Copied, NotAView, view_of
+from gnuq_serve.weights.affine import Copied, NotAViewError, view_of
 from gnuq_serve.weights.layout import Layout, TensorView
-
-_SAMPLES = 64  # values of each tensor that are compared after loading
+from gnuq_serve.weights.samples import some_values
 
 
 @dataclass
@@ -57,7 +56,7 @@ class CopyRecorder(TorchDispatchMode):
                 tuple(tensor.shape),
                 int(tensor.storage_offset()),
                 tensor.is_contiguous(),
-                _sample(tensor).clone(),
+                some_values(tensor).clone(),
             )
             self._sources[name] = source
             reference = StorageWeakRef(tensor.untyped_storage())
@@ -112,14 +111,14 @@ class CopyRecorder(TorchDispatchMode):
         for name, source in self._sources.items():
             try:
                 cdata, dtype, (offset, stride) = self._traced(source, present)
-            except NotAView as error:
+            except NotAViewError as error:
                 untraced[name] = str(error)
                 continue
             if cdata not in used:
                 used[cdata] = len(storages)
                 storages.append(present[cdata])
             view = TensorView(used[cdata], offset, source.shape, stride, str(dtype).removeprefix("torch."))
-            if not torch.equal(_sample(view.of(storages)).cpu(), source.sample.to(dtype).cpu()):
+            if not torch.equal(some_values(view.of(storages)).cpu(), source.sample.to(dtype).cpu()):
                 untraced[name] = f"the engine changed {self._names.get(cdata, 'it')} after it was loaded"
                 continue
             views[name] = view
@@ -129,24 +128,14 @@ class CopyRecorder(TorchDispatchMode):
         self, source: _Source, present: Mapping[int, torch.UntypedStorage]
     ) -> tuple[int, torch.dtype, tuple[int, tuple[int, ...]]]:
         if not source.copies:
-            raise NotAView("the engine made no plain copy of it")
+            raise NotAViewError("the engine made no plain copy of it")
         if not source.plain:
-            raise NotAView("the checkpoint does not hold it row by row")
+            raise NotAViewError("the checkpoint does not hold it row by row")
         places = {(reference.cdata, dtype) for reference, dtype, _ in source.copies}
         gone = [cdata for cdata, _ in places if cdata not in present]
         if gone:
-            raise NotAView(f"the engine repacked {self._names.get(gone[0], 'it')} after it was loaded")
+            raise NotAViewError(f"the engine repacked {self._names.get(gone[0], 'it')} after it was loaded")
         if len(places) > 1:
-            raise NotAView("it is spread over several tensors of the engine")
+            raise NotAViewError("it is spread over several tensors of the engine")
         ((cdata, dtype),) = places
         return cdata, dtype, view_of(source.shape, [copied for *_, copied in source.copies])
-
-
-def _sample(tensor: torch.Tensor) -> torch.Tensor:
-    """A few values, evenly spread over the tensor in row-major order."""
-    count = tensor.numel()
-    if count == 0:
-        return tensor.detach().flatten()
-    flat = torch.arange(0, count, max(1, count // _SAMPLES))[:_SAMPLES]
-    index = torch.unravel_index(flat.to(tensor.device), tensor.shape) if tensor.ndim else ()
-    return tensor.detach()[index].flatten()

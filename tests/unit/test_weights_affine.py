@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gnuq_serve.weights.affine import Copied, NotAView, view_of
+from gnuq_serve.weights.affine import Copied, NotAViewError, view_of
 
 
 class Bench:
@@ -77,7 +77,7 @@ def test_a_part_of_three_dimensions_each():
     bench = Bench(3, 4, 5)
     for expert in range(3):
         bench.copy(bench.at(expert * 40, (4, 5), (1, 4)), bench.source[expert])
-    with pytest.raises(NotAView, match="no common order"):  # no single copy says how far experts are apart
+    with pytest.raises(NotAViewError, match="no common order"):  # no single copy says how far experts are apart
         bench.check()
     bench = Bench(3, 4, 5)
     bench.copy(bench.at(0, (2, 4, 5), (40, 1, 4)), bench.source[:2])
@@ -109,5 +109,5 @@ def test_a_part_of_three_dimensions_each():
 def test_what_is_no_view(name, make):
     bench = Bench(6, 4)
     make(bench)
-    with pytest.raises(NotAView, match=name):
+    with pytest.raises(NotAViewError, match=name):
         bench.check()
