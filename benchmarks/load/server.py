@@ -13,10 +13,10 @@ import psutil
 
 from gnuq_serve.demo_model import NAME, OFFLINE, ensure_demo_model
 from gnuq_serve.managed_server import CPU_ENVIRONMENT, HOST, ManagedServer, free_port
+from gnuq_serve.service.scorer import title
 
 KEY = "benchmark"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
-SCORER = "gnuq-serve: scorer"
 _HERE = Path(__file__).parents[1]
 
 
@@ -37,20 +37,14 @@ def serving(folder: Path, *arguments: str, model: Path | None = None) -> Iterato
 
 def processes(running: ManagedServer) -> list[psutil.Process]:
     """The server and all its children."""
-    assert running._process is not None
-    server = psutil.Process(running._process.pid)
+    assert running.pid is not None
+    server = psutil.Process(running.pid)
     return [server, *server.children(recursive=True)]
 
 
 def scorer_of(running: ManagedServer) -> psutil.Process | None:
     """The scorer process; None while there is none."""
-    for process in processes(running):
-        try:
-            if SCORER in " ".join(process.cmdline()):
-                return process
-        except psutil.Error:  # gone meanwhile
-            continue
-    return None
+    return None if running.pid is None else title.scorer_of(running.pid)
 
 
 class CpuClock:

@@ -95,7 +95,7 @@ def scorer_of(running):
     """The scorer process of a server."""
     (scorer,) = (
         process
-        for process in psutil.Process(running._process.pid).children(recursive=True)
+        for process in psutil.Process(running.pid).children(recursive=True)
         if "gnuq-serve: scorer" in " ".join(process.cmdline())
     )
     return scorer

@@ -221,7 +221,7 @@ def test_a_killed_scorer_costs_no_answer(proxy_server):
 
 
 def test_it_is_light_and_its_scorer_listens_nowhere(proxy_server):
-    proxy = psutil.Process(proxy_server._process.pid)
+    proxy = psutil.Process(proxy_server.pid)
     assert proxy.memory_info().rss < 300 * 2**20  # no torch in it
     assert scorer_of(proxy_server).net_connections("inet") == []
     assert len([c for c in proxy.net_connections("inet") if c.status == psutil.CONN_LISTEN]) == 1

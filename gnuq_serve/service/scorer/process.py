@@ -28,6 +28,7 @@ from gnuq_serve.service.scorer.freed_memory import give_back
 from gnuq_serve.service.scorer.loading import load_scorer, memory_of
 from gnuq_serve.service.scorer.messages import ScorerConfig, ScorerState
 from gnuq_serve.service.scorer.queue import Entry
+from gnuq_serve.service.scorer.title import TITLE
 from gnuq_serve.uncertainty import Uncertainty
 from gnuq_serve.weights.steady import ChangingWeightsError, SteadyPasses
 
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 def main() -> int:
     """Load, report, serve for ever; returns where the model can't be loaded."""
-    setproctitle.setproctitle("gnuq-serve: scorer")
+    setproctitle.setproctitle(TITLE)
     # Libraries print to standard output; only our reports may go to the server.
     reports = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
