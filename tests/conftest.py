@@ -1,7 +1,8 @@
 """What all tests share: one torch thread, the demo model, tiny random models with nothing trivial in them."""
 
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _one_torch_thread() -> None:
     if (torch := sys.modules.get("torch")) is not None and torch.get_num_threads() != 1:
         torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _log_level_stays() -> Iterator[None]:
+    """Some of what vLLM imports sets the root logger's level: the next test file must see our warnings again."""
+    level = logging.getLogger().level
+    yield
+    logging.getLogger().setLevel(level)
 
 
 @pytest.fixture

@@ -4,11 +4,10 @@ Texts are token ids byte by byte; a chat is its last message between two marks. 
 log-probabilities and uncertainties are the model's own.
 """
 
-import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
+from json_server import JsonServer
 
 from gnuq_serve.scorer import Sample, Scorer
 
@@ -24,53 +23,24 @@ def decode(ids):
     return bytes(one - 3 for one in ids if 3 <= one < 259).decode(errors="replace")
 
 
-class TinyServer:
+class TinyServer(JsonServer):
     def __init__(self, model):
+        super().__init__()
         self.model = model
         self.scorer = Scorer.from_model(model)
         self.requests = []
-        self.fail_after = None  # so many requests are answered, all others with 500
+        self.fail_after = None  # so many requests are answered, all others with 401
         self._lock = threading.Lock()
-        tiny = self
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
+    def get(self):
+        return 200, {"object": "list", "data": [{"id": "tiny", "object": "model"}]}
 
-            def do_GET(self):
-                self.send(200, {"object": "list", "data": [{"id": "tiny", "object": "model"}]})
-
-            def do_POST(self):
-                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with tiny._lock:
-                    tiny.requests.append((self.path, request))
-                    if tiny.fail_after is not None and len(tiny.requests) > tiny.fail_after:
-                        self.send(401, {"error": {"message": "gone"}})
-                        return
-                    self.send(200, tiny.answer(self.path, request))
-
-            def send(self, status, body):
-                content = json.dumps(body).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *_):
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
-
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._server.shutdown()
-        self._server.server_close()
+    def post(self, path, request):
+        with self._lock:
+            self.requests.append((path, request))
+            if self.fail_after is not None and len(self.requests) > self.fail_after:
+                return 401, {"error": {"message": "gone"}}
+            return 200, self.answer(path, request)
 
     def answer(self, path, request):
         if path == "/tokenize":
