@@ -106,13 +106,12 @@ def _score(
 ) -> None:
     from transformers import AutoTokenizer
 
+    from gnuq_serve.gradnorm.oracle import count_padding_rows
     from gnuq_serve.weights import load_checkpoint
 
     model = load_checkpoint(path, dtype="float32", device="cpu").eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
-    for module in model.modules():
-        if getattr(module, "padding_idx", None) is not None:
-            module.padding_idx = None  # type: ignore[assignment]  # else autograd drops that row's gradient
+    count_padding_rows(model)
     model.requires_grad_(True)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     say("the model writes texts of its own")

@@ -7,11 +7,11 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from gnuq_serve.calibration.arguments import EXIT_STOPPED
+from gnuq_serve.calibration.command import check_packages
 from gnuq_serve.calibration.progress import progress_bar, say
 
 PACKAGES = ("numpyro", "jax", "curvlinops", "torch", "scipy", "matplotlib", "tqdm")
@@ -26,11 +26,7 @@ def run(args: argparse.Namespace) -> int:
         ImportError: the extra is missing.
         ValueError: an argument can't be used, or ``--out`` holds runs under other settings.
     """
-    missing = [name for name in PACKAGES if find_spec(name) is None]
-    if missing:
-        raise ImportError(
-            f"validating needs {', '.join(missing)}, not installed here: pip install 'gnuq-serve[validate]'"
-        )
+    check_packages(PACKAGES, "validate")
     covariance = args.experiment == "covariance"
     if covariance and bool(args.model) != bool(args.evaluation):
         raise ValueError("--model and --evaluation go together: a model, and an evaluation of its answers")
