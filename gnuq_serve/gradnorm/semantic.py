@@ -21,6 +21,8 @@ from torch import Tensor
 from gnuq_serve.gradnorm.layer_call import accumulation_dtype
 from gnuq_serve.gradnorm.linear import TILE_BYTES
 
+_CACHED_BYTES = 2**20
+
 
 @dataclass(frozen=True, slots=True)
 class SemanticGradients:
@@ -62,16 +64,19 @@ class HeadGradients:
     def __call__(self, hidden: Tensor, delta: Tensor) -> None:
         """Take the head's inputs (N, d) and gradients (N, V)."""
         mean = torch.cat([torch.full_like(h, -1 / len(h)) for h in self.entropies])
-        self.exgrad = self._mean_absolute(hidden, delta, mean)
-        self.paragrad = self._mean_absolute(hidden, delta, self.weights)
+        self.exgrad, self.paragrad = self._mean_absolute(hidden, delta, torch.stack([mean, self.weights]))
 
     def _mean_absolute(self, hidden: Tensor, delta: Tensor, weights: Tensor) -> Tensor:
+        """Of the head's weight gradient under each of K weightings (K, N) of the tokens: (K, B)."""
         dtype = accumulation_dtype(delta)
-        weighted = (hidden.to(dtype) * weights[:, None].to(hidden.device, dtype)).split(self._counts)
-        vocabulary, width = delta.shape[1], hidden.shape[1]
-        tile = max(1, TILE_BYTES // (width * weighted[0].element_size()))
-        totals = [
-            torch.stack([(part.to(dtype).mT @ h).abs_().sum() for part in d.split(tile, dim=-1)]).sum()
-            for h, d in zip(weighted, delta.split(self._counts), strict=True)
-        ]
-        return torch.stack(totals) / (vocabulary * width)
+        kinds, width, vocabulary = len(weights), hidden.shape[1], delta.shape[1]
+        weighted = hidden.to(dtype) * weights[:, :, None].to(hidden.device, dtype)
+        # On a CPU a tile stays in the cache from the product to its sum.
+        room = _CACHED_BYTES if delta.device.type == "cpu" else TILE_BYTES
+        tile = max(1, room // (kinds * width * weighted.element_size()))
+        totals = []
+        for h, d in zip(weighted.split(self._counts, dim=1), delta.split(self._counts), strict=True):
+            rows = h.mT.reshape(kinds * width, -1)
+            parts = [(rows @ part.to(dtype)).abs_().view(kinds, -1).sum(1) for part in d.split(tile, dim=-1)]
+            totals.append(torch.stack(parts).sum(0))
+        return torch.stack(totals, dim=1) / (vocabulary * width)
