@@ -46,8 +46,9 @@ def add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     data.add_argument(
         "--data",
         required=True,
-        metavar="FILE[:TASK],...",
-        help="JSON Lines files, or folders of them; tasks: open, number, choice, binary (default: by the fields)",
+        metavar="SET[:TASK],...",
+        help="JSON Lines files, folders of them, or hub:OWNER/NAME[/CONFIG][@SPLIT], a data set of the Hugging "
+        "Face hub; tasks: open, number, choice, binary (default: by the fields)",
     )
     data.add_argument("--limit", type=positive, metavar="N", help="a random N of each set")
     data.add_argument("--seed", type=int, default=0, help="of --limit, choices' order, samples and resamples (0)")

@@ -1,4 +1,4 @@
-"""Question sets: files of questions, each read as one task.
+"""Question sets: files of questions, or sets from a hub, each read as one task.
 
 Tasks: ``open`` (``answers``, or ``correct_answers`` and ``incorrect_answers``), ``number`` (the same, compared as
 numbers), ``choice`` (``choices`` and ``label``, or ``mc1_choices`` and ``mc1_label``), ``binary`` (TruthfulQA's
@@ -18,6 +18,7 @@ from typing import Any, Literal, cast, get_args
 from gnuq_serve.calibration.collecting import sample
 from gnuq_serve.calibration.questions import Question, questions_of
 from gnuq_serve.calibration.row_reader import DataError, Record, read_rows
+from gnuq_serve.evaluation.hub import FORM, PREFIX, read_hub
 
 Task = Literal["open", "number", "choice", "binary"]
 BARE = "{question}"
@@ -39,10 +40,10 @@ class Case:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuestionSet:
-    """A file read as one task.
+    """A file, or a split of a hub's set, read as one task.
 
     Attributes:
-        name: file and task.
+        name: what was read (a file's name alone), and the task.
         task: how it is asked and compared.
         cases: what is asked.
         shots: questions kept out of ``cases``, for prompts with examples.
@@ -68,7 +69,8 @@ def read_sets(
     """Read question sets.
 
     Args:
-        names: files or folders of ``*.jsonl``, parted by commas; ``:TASK`` behind a file names its task.
+        names: files, folders of ``*.jsonl`` and ``hub:OWNER/NAME[/CONFIG][@SPLIT]`` (see `read_hub`), parted by
+            commas; ``:TASK`` behind one names its task.
         limit: a random N questions of each.
         shots: how many questions of each to keep for prompts with examples.
         seed: of the order of choices, of ``limit`` and of ``shots``.
@@ -77,13 +79,14 @@ def read_sets(
 
     Raises:
         DataError: a file or row can't be used, or too few rows are left.
+        ImportError: a set from a hub is named, and ``datasets`` is not installed.
     """
     found = []
-    for path, task in _files(names):
-        one = _read(path, task, seed=seed, letters=letters, system=system)
+    for name, task in _named(names):
+        one = _read(name, task, seed=seed, letters=letters, system=system)
         if len(one.cases) <= shots:
             raise DataError(
-                f"{path}: {len(one.cases)} questions, of which --few-shot takes {shots}: none are left"
+                f"{name}: {len(one.cases)} questions, of which --few-shot takes {shots}: none are left"
             )
         order = list(range(len(one.cases)))
         random.Random(f"{seed}:shots").shuffle(order)  # noqa: S311
@@ -99,27 +102,43 @@ def read_sets(
     return found
 
 
-def _files(names: str) -> Iterator[tuple[Path, Task | None]]:
+def _named(names: str) -> Iterator[tuple[str, Task | None]]:
+    """Each file, and each set from a hub, with the task that is named."""
     for name in filter(None, names.split(",")):
         before, colon, task = name.rpartition(":")
         named = cast("Task | None", task if colon and task in get_args(Task) else None)
         path = Path(before if named else name)
-        if path.is_dir():
+        if name.startswith(PREFIX):
+            if named is None and name.count(":") > 1:
+                raise DataError(
+                    f"{name}: {task!r} is no task; tasks: {', '.join(get_args(Task))}; the form is {FORM}"
+                )
+            yield (before if named else name), named
+        elif path.is_dir():
             if not (files := sorted(path.glob("*.jsonl"))):
                 raise DataError(f"{path}: no *.jsonl in this folder")
-            yield from ((file, named) for file in files)
+            yield from ((str(file), named) for file in files)
         elif not path.exists() and colon and named is None:
             raise DataError(f"{name}: no such file, and {task!r} is no task; tasks: {', '.join(get_args(Task))}")
         else:
-            yield path, named
+            yield str(path), named
 
 
-def _read(path: Path, task: Task | None, *, seed: int, letters: str | None, system: str | None) -> QuestionSet:
-    rows = list(read_rows(path))
-    if not rows:
+def _rows(name: str) -> tuple[str, list[Record], int]:
+    """The set's name, its rows, and how many were none."""
+    if name.startswith(PREFIX):
+        found = read_hub(name)
+        return found.name, found.rows, found.unfit
+    path = Path(name)
+    if not (rows := list(read_rows(path))):
         raise DataError(f"{path}: no rows")
+    return path.stem, rows, 0
+
+
+def _read(name: str, task: Task | None, *, seed: int, letters: str | None, system: str | None) -> QuestionSet:
+    stem, rows, left_out = _rows(name)
     task = task or _task_of(rows)
-    records, left_out = [], 0
+    records = []
     for row in rows:
         if (plain := _plain(row.row, task)) is None:
             left_out += 1
@@ -129,9 +148,9 @@ def _read(path: Path, task: Task | None, *, seed: int, letters: str | None, syst
     questions = questions_of(records, seed=seed, system=system, choice_prompt=letters or BARE)
     cases = {(key := _key(question)): Case(key=key, question=question) for question in reversed(questions)}
     if not cases:
-        raise DataError(f"{path}: no row is a question of the task {task}")
+        raise DataError(f"{name}: no row is a question of the task {task}")
     return QuestionSet(
-        name=f"{path.stem}:{task}",
+        name=f"{stem}:{task}",
         task=task,
         cases=tuple(sorted(cases.values(), key=lambda case: case.question.line)),
         left_out=left_out + len(questions) - len(cases),
