@@ -1,7 +1,11 @@
-"""A small engine that keeps a Llama's weights its own way: fused, padded, transposed."""
+"""A small engine that keeps a Llama's weights its own way: fused, padded, transposed; and shares them."""
 
+import msgspec
 import torch
 from torch import nn
+
+from gnuq_serve.weights.sharing import made_shareable, shared_weights
+from gnuq_serve.weights.tracing import CopyRecorder
 
 PADDING = 11
 
@@ -59,3 +63,30 @@ class FusedEngine(nn.Module):
 
     def tensors(self):
         return [*self.named_parameters(), *self.named_buffers()]
+
+
+class SharingEngine:
+    """Serves a model on some device, shares its weights as vLLM's worker does, and can be given others."""
+
+    def __init__(self, config, tensors, device="cpu", dtype=torch.float32, **probe):
+        with torch.device(device):
+            self.engine = FusedEngine(config).to(dtype)
+        recorder = CopyRecorder()
+        with recorder:
+            self.engine.load_weights(recorder.watched(tensors))
+        layout, storages = recorder.layout(self.engine.tensors())
+        self.file, layout, self.storages = made_shareable(self.engine, layout, storages)
+        shared = shared_weights(self.file, layout, self.storages)
+        self.weights = msgspec.structs.replace(shared, **probe)
+
+    @property
+    def json(self):
+        return msgspec.json.encode(self.weights).decode()
+
+    def reload(self, tensors, *, whole=True):
+        self.file.begin_change()
+        self.engine.load_weights(tensors)
+        if self.storages[0].device.type == "cuda":
+            torch.cuda.synchronize()
+        if whole:
+            self.file.end_change()

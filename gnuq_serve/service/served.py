@@ -24,7 +24,7 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
     config_overrides: dict[str, Any] = {}
     quantization: str | None = None  # vLLM's name of the method; None: plain weights
     workers: int = 1  # over which the weights are split
-    shared: str | None = None  # the engine's weights, where asked for: a ``SharedWeights`` in JSON
+    shared: str | None = None  # the engine's weights, for a scorer to read: a ``SharedWeights`` in JSON
     shared_refused: str | None = None  # why not
     raw_logprobs: bool = True
     end_of_turn_ids: tuple[int, ...] = ()  # the tokenizer's own first

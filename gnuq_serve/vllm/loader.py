@@ -21,7 +21,7 @@ from gnuq_serve.service.scorer.freed_memory import give_back
 from gnuq_serve.vllm.names import LOAD_FORMAT
 from gnuq_serve.weights.layout import Layout
 from gnuq_serve.weights.shared_file import SharedFile
-from gnuq_serve.weights.sharing import share
+from gnuq_serve.weights.sharing import made_shareable
 from gnuq_serve.weights.source import SourceRefused
 from gnuq_serve.weights.tracing import CopyRecorder
 
@@ -36,13 +36,19 @@ class Traced:
 
     Attributes:
         layout: of the tensors in the storages.
-        storages: the engine's.
-        file: which is the one storage, on a CPU.
+        storages: the engine's; held here, since a scorer may read them for as long as the engine lives.
+        file: holds their version; on a CPU it is the one storage too.
+        addresses: of the parameters and buffers that lie in the storages.
     """
 
     layout: Layout
     storages: list[torch.UntypedStorage]
-    file: SharedFile | None
+    file: SharedFile
+    addresses: frozenset[int]
+
+    def still_of(self, model: nn.Module) -> bool:
+        """Whether the engine has its weights where it had them when it loaded them."""
+        return self.addresses <= {tensor.data_ptr() for _, tensor in _tensors(model)}
 
 
 @register_model_loader(LOAD_FORMAT)
@@ -101,11 +107,13 @@ def _traced(model: nn.Module, recorder: CopyRecorder | None, vllm_config: VllmCo
     if recorder is None:
         raise SourceRefused("vLLM loaded no weights")
     layout, storages = recorder.layout(_tensors(model))
-    if not current_platform.is_cpu():
-        return Traced(layout, storages, None)
-    file, layout = share(model, layout, storages)
+    if not storages:
+        raise SourceRefused("vLLM copied none of the checkpoint's tensors as it is")
+    file, layout, storages = made_shareable(model, layout, storages)
     give_back()
-    return Traced(layout, [file.storage], file)
+    held = {storage._cdata for storage in storages}
+    inside = (tensor for _, tensor in _tensors(model) if tensor.untyped_storage()._cdata in held)
+    return Traced(layout, storages, file, frozenset(tensor.data_ptr() for tensor in inside))
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -68,7 +68,10 @@ class UncertaintyLLM:
         if scorer_weights == "shared":
             if scorer_model not in (None, model):
                 raise ValueError(f"scorer_weights='shared' and scorer_model={scorer_model!r}: choose one")
-            vllm_args |= {"load_format": LOAD_FORMAT, "worker_extension_cls": EXTENSION}
+            sharing = {"load_format": LOAD_FORMAT, "worker_extension_cls": EXTENSION}
+            if taken := sharing.keys() & vllm_args.keys():
+                raise ValueError(f"scorer_weights='shared' sets {min(taken)} itself: leave it out")
+            vllm_args |= sharing
         self.llm = LLM(model=model, **vllm_args)
         self._served = served_model(self.llm.model_config)
         scored = self._served.or_instead(scorer_model)

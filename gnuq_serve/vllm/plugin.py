@@ -18,6 +18,7 @@ from gnuq_serve.service.seeing.telemetry import span_observer
 from gnuq_serve.service.service import UncertaintyService
 from gnuq_serve.service.settings.model import load_settings
 from gnuq_serve.vllm.served_model import served_model, server
+from gnuq_serve.vllm.weights_choice import not_shared
 
 logger = logging.getLogger(__name__)
 
@@ -65,13 +66,24 @@ class GnuqPlugin:
             self._service.observers.append(span_observer())
         workers = engine_client.vllm_config.parallel_config.world_size
         served = served_model(engine_client.model_config, state, workers)
-        if self._service.settings.scorer_weights == "shared":
-            # Here: vLLM imports this file in each of its processes, and torch comes along.
-            from gnuq_serve.vllm.sharing import share_weights
-
-            shared, refused = await share_weights(engine_client)
-            served = msgspec.structs.replace(served, shared=shared, shared_refused=refused)
+        shared, refused = await self._shared_weights(engine_client, args)
+        served = msgspec.structs.replace(served, shared=shared, shared_refused=refused)
         self._service.start(served, server(state, args))
+
+    async def _shared_weights(self, engine_client: Any, args: Namespace) -> tuple[str | None, str | None]:
+        """As ``share_weights``; None twice where the scorer has a checkpoint of its own by choice."""
+        settings = self._service.settings
+        if settings.scorer_weights == "auto":
+            if engine_client.vllm_config.device_config.device_type != "cuda":
+                return None, None
+            if (refused := not_shared(args, settings)) is not None:
+                return None, refused
+        elif settings.scorer_weights == "checkpoint":
+            return None, None
+        # Here: vLLM imports this file in each of its processes, and torch comes along.
+        from gnuq_serve.vllm.sharing import share_weights
+
+        return await share_weights(engine_client)
 
     def _until_stopped(self, lifespan: Callable[[Any], AbstractAsyncContextManager[Any]]) -> Any:
         """The application's own lifespan, at whose end the scorer ends too."""

@@ -7,7 +7,7 @@ import math
 import os
 from argparse import Namespace
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 
 from vllm.config import CacheConfig
@@ -16,6 +16,7 @@ from vllm.platforms import current_platform
 from gnuq_serve.errors import first_line
 from gnuq_serve.service.settings.model import Settings
 from gnuq_serve.service.settings.sources import variable
+from gnuq_serve.vllm.weights_choice import gpus_of, on_engines_gpu, shares
 from gnuq_serve.weights.estimate import Estimate, estimate
 
 logger = logging.getLogger(__name__)
@@ -39,22 +40,18 @@ class Plan:
     fits: bool = True
 
 
-def leave_room(args: Namespace, settings: Settings) -> None:
-    """Lower ``--gpu-memory-utilization`` by what the scorer needs, where it scores on a GPU of the engine.
-
-    A share that was set by hand stays, with a warning if it leaves too little. So does all where that can't be
-    told.
+def wanted_by(args: Namespace, settings: Settings) -> Estimate | None:
+    """What a scorer with weights of its own needs on a GPU of the engine; None where it is elsewhere, or unknown.
 
     Args:
-        args: the command line of ``vllm serve``; changed.
+        args: the command line of ``vllm serve``.
         settings: the operator's.
     """
-    gpus = args.tensor_parallel_size * args.pipeline_parallel_size
-    if not _on_engines_gpu(settings.scorer_device, gpus):
-        return
+    if not on_engines_gpu(settings.scorer_device, gpus_of(args)):
+        return None
     try:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # the engine may fork this process
-            wanted = pool.submit(
+            return pool.submit(
                 estimate,
                 settings.scorer_model or args.model_tag or args.model,
                 args.dtype if settings.scorer_dtype == "auto" else settings.scorer_dtype,
@@ -68,13 +65,25 @@ def leave_room(args: Namespace, settings: Settings) -> None:
             "how much memory scoring needs can't be told: %s. Set --gpu-memory-utilization yourself",
             first_line(error),
         )
-        return
-    if settings.scorer_weights == "shared":
-        wanted = Estimate(0, wanted.pass_bytes)
+        return None
+
+
+def leave_room(args: Namespace, settings: Settings, wanted: Estimate) -> None:
+    """Lower ``--gpu-memory-utilization`` by what the scorer needs.
+
+    A share that was set by hand stays, with a warning if it leaves too little.
+
+    Args:
+        args: the command line of ``vllm serve``; changed.
+        settings: the operator's.
+        wanted: by the scorer; its weights count only where it is to have a copy.
+    """
+    if settings.scorer_weights != "checkpoint" and shares(args):
+        wanted = replace(wanted, weights=0)
     plan = plan_room(
         wanted,
         current_platform.get_device_total_memory(),
-        gpus=gpus,
+        gpus=gpus_of(args),
         utilization=args.gpu_memory_utilization,
         by_hand=args.gpu_memory_utilization != CacheConfig.gpu_memory_utilization
         or args.kv_cache_memory_bytes is not None,
@@ -133,11 +142,6 @@ def plan_room(
 def _share(of: float) -> float:
     """Rounded down, as one writes it."""
     return math.floor(of * 1000) / 1000
-
-
-def _on_engines_gpu(device: str, gpus: int) -> bool:
-    kind, _, number = device.partition(":")
-    return kind == "auto" or (kind == "cuda" and int(number or 0) < gpus)
 
 
 def _gib(size: int) -> str:

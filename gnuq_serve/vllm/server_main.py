@@ -23,9 +23,9 @@ def main() -> None:
     if current_platform.is_cuda_alike():
         # Here: a CPU's server needs none of it, and each of vLLM's processes imports this file again.
         from gnuq_serve.service.settings.model import load_settings
-        from gnuq_serve.vllm.room import leave_room
+        from gnuq_serve.vllm.gpu_start import prepare
 
-        leave_room(args, load_settings())
+        prepare(args, load_settings())
     ServeSubcommand.cmd(args)
 
 

@@ -7,11 +7,14 @@ Chosen by ``--worker-extension-cls``; vLLM makes it a base of its worker, and me
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
+import torch
 from vllm.config import set_current_vllm_config
+from vllm.platforms import current_platform
 
 from gnuq_serve.scorer import Sample, Scorer
 from gnuq_serve.vllm.loader import Traced, traced_weights
@@ -19,8 +22,10 @@ from gnuq_serve.vllm.served_model import served_model
 from gnuq_serve.weights.assemble import assemble
 from gnuq_serve.weights.checkpoint import load_config
 from gnuq_serve.weights.layout import SharedWeights
-from gnuq_serve.weights.shared_file import SharedFile
+from gnuq_serve.weights.sharing import shared_weights
 from gnuq_serve.weights.source import SourceRefused
+
+logger = logging.getLogger(__name__)
 
 # Of the worker: methods that write weights, and whether these are whole again when they return.
 _CHANGES = {"reload_weights": True, "update_weights": False, "finish_weight_update": True}
@@ -38,12 +43,9 @@ class GnuqWorkerExtension:
         known: SharedWeights | None = getattr(self, "_gnuq_weights", None)
         if known is None:
             try:
-                traced = self._gnuq_traced()
-                if traced.file is None:
-                    raise SourceRefused("the engine's weights are not in the CPU's memory")
+                known = self._gnuq_weights = _shared(self, traced := self._gnuq_traced())
             except SourceRefused as error:
                 return {"refused": str(error)}
-            known = self._gnuq_weights = SharedWeights(traced.file.path, traced.layout)
             self._gnuq_file = traced.file
         if known.probe_log_probability is None:
             known = msgspec.structs.replace(known, version=self._gnuq_file.version)
@@ -92,9 +94,23 @@ class GnuqWorkerExtension:
         worker: Any = self
         traced = traced_weights(worker.model_runner.get_model())
         if not getattr(self, "_gnuq_announces", False):
-            _announce_changes(worker, traced.file)
+            _announce_changes(worker, traced)
             self._gnuq_announces = True
         return traced
+
+
+def _shared(worker: Any, traced: Traced) -> SharedWeights:
+    """What another process is told of the weights.
+
+    Raises:
+        SourceRefused: it can't read them.
+    """
+    if worker.model_config.enable_cumem_allocator and not current_platform.is_cpu():
+        raise SourceRefused(
+            "vLLM's sleep mode (--enable-sleep-mode, --enable-cumem-allocator) keeps the engine's weights in "
+            "memory that no other process can open"
+        )
+    return shared_weights(traced.file, traced.layout, traced.storages)
 
 
 def _scorer_of(worker: Any, traced: Traced) -> Scorer:
@@ -117,18 +133,22 @@ def _scorer_of(worker: Any, traced: Traced) -> Scorer:
     return Scorer.from_model(model)
 
 
-def _announce_changes(worker: Any, file: SharedFile | None) -> None:
+def _announce_changes(worker: Any, traced: Traced) -> None:
     """Have this worker's methods that write weights raise the version, before and after."""
+    file, device = traced.file, traced.storages[0].device
 
     def announced(method: Callable[..., Any], whole_after: bool) -> Callable[..., Any]:
         @functools.wraps(method)
         def announcing(*args: Any, **kwargs: Any) -> Any:
             worker._gnuq_scorer = None  # what it knows of the weights is over
-            if file is not None:
-                file.begin_change()
+            file.begin_change()
             result = method(*args, **kwargs)  # where it fails, the weights may be half changed and stay so
-            if whole_after and file is not None:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # until then the GPU may go on writing
+            if whole_after and traced.still_of(worker.model_runner.get_model()):
                 file.end_change()
+            elif whole_after:
+                logger.error("gnuq: the engine moved its weights in memory: no scorer can read them any more")
             return result
 
         return announcing

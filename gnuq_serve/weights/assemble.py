@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -55,6 +56,26 @@ def assemble(
             model.get_submodule(owner).register_buffer(leaf, _found(name, given, missing, buffer))
     built: nn.Module = model.eval().requires_grad_(False)
     return built
+
+
+def merged(model: Any) -> str | None:
+    """A parameter that transformers' loader makes of several tensors of a checkpoint; None where it makes none.
+
+    Such a model can't be assembled of an engine's tensors.
+
+    Args:
+        model: as transformers builds it; it may be empty.
+    """
+    mapping = get_model_conversion_mapping(model)
+    converters = []
+    for entry in mapping:
+        if isinstance(entry, WeightConverter):
+            with suppress(NotImplementedError):  # one that can't be turned round, which is found out later then
+                converters.append(entry.reverse_transform())
+    for name in model.state_dict():
+        if any(converter.rename_source_key(name)[1] is not None for converter in converters):
+            return str(name)
+    return None
 
 
 def _tied(model: nn.Module) -> list[list[str]]:
@@ -114,7 +135,8 @@ def _by_own_names(
 def _compute_buffers(model: Any, device: torch.device) -> None:
     """Give every buffer its value: what no checkpoint holds, transformers computes from the configuration.
 
-    Parameters are on the meta device still, where initialising them writes nothing.
+    That is done on the CPU, as where a checkpoint is loaded. Parameters are on the meta device still, where
+    initialising them writes nothing.
 
     Raises:
         SourceRefused: one that no checkpoint holds is not computed by its model's initialisation.
@@ -125,7 +147,7 @@ def _compute_buffers(model: Any, device: torch.device) -> None:
         for name, buffer in list(model.named_buffers()):
             owner, _, leaf = name.rpartition(".")
             module = model.get_submodule(owner)
-            module._buffers[leaf] = torch.full_like(buffer, filling, device=device)
+            module._buffers[leaf] = torch.full_like(buffer, filling, device="cpu")
         for module in model.modules():
             module._is_hf_initialized = False
         model.initialize_weights()
@@ -134,3 +156,6 @@ def _compute_buffers(model: Any, device: torch.device) -> None:
     unset = [name for name in first if not torch.equal(first[name], second[name])]
     if unset:
         raise SourceRefused(f"{unset[0]} is a buffer whose value transformers does not compute anew")
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)

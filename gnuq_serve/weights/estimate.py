@@ -14,6 +14,7 @@ from torch import nn
 from gnuq_serve.gradnorm import cover
 from gnuq_serve.gradnorm.linear import TILE_BYTES
 from gnuq_serve.gradnorm.memory import MemoryModel, measure
+from gnuq_serve.weights.assemble import merged
 from gnuq_serve.weights.checkpoint import load_config, parse_dtype
 from gnuq_serve.weights.empty import empty_model
 from gnuq_serve.weights.room import weight_bytes
@@ -23,15 +24,17 @@ _VOCABULARY = 64  # of the small models; what the true one adds is known without
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """In bytes.
+    """In bytes, and what speaks against scoring without a copy.
 
     Attributes:
         weights: of one copy.
         pass_bytes: of one pass beyond them.
+        unshareable: why no scorer can read an engine's weights of this model; None: nothing known.
     """
 
     weights: int
     pass_bytes: int
+    unshareable: str | None = None
 
 
 def estimate(
@@ -69,7 +72,15 @@ def estimate(
     layers = config.get_text_config().num_hidden_layers
     one, two = _measured(config, 1, options), _measured(config, min(2, layers), options)
     memory = _extended(one, two, layers, whole.get_input_embeddings().weight)
-    return Estimate(weight_bytes(whole), memory.bytes(tokens, 1, tokens))
+    return Estimate(weight_bytes(whole), memory.bytes(tokens, 1, tokens), _unshareable(config, whole))
+
+
+def _unshareable(config: Any, model: nn.Module) -> str | None:
+    if getattr(config, "quantization_config", None) is not None:
+        return "the checkpoint is quantised"
+    if (name := merged(model)) is not None:
+        return f"{name}: transformers makes it of several tensors of the checkpoint"
+    return None
 
 
 def _measured(config: Any, layers: int, options: Mapping[str, Any]) -> MemoryModel:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from gnuq_serve.weights.cuda_ipc import CudaStorages
+
 if TYPE_CHECKING:
     import torch
 
@@ -60,8 +62,9 @@ class SharedWeights(msgspec.Struct, frozen=True):
     """What an engine says of the weights that it shares; goes to the scorer process.
 
     Attributes:
-        path: of the file, while the engine lives.
-        layout: the tensors in it; the file is the only storage.
+        path: of the file that holds their version, while the engine lives.
+        layout: the tensors in their storages.
+        gpu: the storages, on a GPU; None: the file is the only one.
         probe_ids: token ids that the engine has read.
         probe_log_probability: their log-probability by the engine, all but the first; None before it is known.
         version: of the weights that the engine read them with.
@@ -69,6 +72,7 @@ class SharedWeights(msgspec.Struct, frozen=True):
 
     path: str
     layout: Layout
+    gpu: CudaStorages | None = None
     probe_ids: tuple[int, ...] = ()
     probe_log_probability: float | None = None
     version: int = 0

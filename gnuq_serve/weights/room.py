@@ -13,14 +13,22 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
-def own_bytes(model: nn.Module) -> int:
-    """How much of it is memory of this process: what is mapped from a file is the file's, not ours."""
+def own_bytes(model: nn.Module, *, gpu_is_own: bool = True) -> int:
+    """How much of it is memory of this process: what is mapped from a file is the file's, not ours.
+
+    Args:
+        model: any.
+        gpu_is_own: whether weights on a GPU are; another process may have shared them.
+    """
     mapped = list(_mapped_ranges())
     own = 0
     for parameter in model.parameters():
         at = parameter.data_ptr()
-        in_file = parameter.device.type == "cpu" and any(start <= at < end for start, end in mapped)
-        own += 0 if in_file else parameter.nbytes
+        if parameter.device.type == "cpu":
+            is_own = not any(start <= at < end for start, end in mapped)
+        else:
+            is_own = gpu_is_own
+        own += parameter.nbytes if is_own else 0
     return own
 
 

@@ -1,4 +1,4 @@
-"""The source ``shared``: vLLM's own tensors, in memory that its worker shares."""
+"""The source ``shared``: vLLM's own tensors, in memory that its worker shares, on a CPU or a GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import nn
 
 from gnuq_serve.errors import first_line
 from gnuq_serve.weights.assemble import assemble
-from gnuq_serve.weights.checkpoint import load_config, parse_dtype
+from gnuq_serve.weights.checkpoint import load_config, parse_device, parse_dtype
+from gnuq_serve.weights.cuda_ipc import opened
 from gnuq_serve.weights.layout import SharedWeights
 from gnuq_serve.weights.safetensors_file import files_of, mapped
 from gnuq_serve.weights.samples import some_values
@@ -33,6 +34,7 @@ class SharedSource:
         model: str,
         *,
         dtype: str,
+        device: str = "auto",
         revision: str | None = None,
         trust_remote_code: bool = False,
         config_overrides: Mapping[str, Any] | None = None,
@@ -43,14 +45,16 @@ class SharedSource:
             weights: the worker's.
             model: served checkpoint; of it, only the configuration is read, and a few tensors to compare.
             dtype: that vLLM serves in; this and the rest as for ``load_checkpoint``.
+            device: where the scorer is meant to be; the weights are where they are.
             revision: of the checkpoint.
             trust_remote_code: run code that comes with it.
             config_overrides: entries of its configuration to replace.
         """
-        self._weights, self._model, self._dtype = weights, model, dtype
+        self._weights, self._model, self._dtype, self._wanted = weights, model, dtype, device
         self._source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         self._overrides = config_overrides
         self._file: MappedFile | None = None
+        self._gpu: torch.device | None = None
 
     def load(self) -> nn.Module:
         """See ``WeightSource``."""
@@ -59,8 +63,7 @@ class SharedSource:
             raise SourceRefused("dtype=auto: name the dtype that vLLM serves in")
         layout = self._weights.layout
         config = load_config(self._model, config_overrides=self._overrides, **self._source)
-        self._file = MappedFile(self._weights.path, layout.storages[0])
-        tensors = layout.on([self._file.storage])
+        tensors = layout.on(self._storages())
         if self.version() == 0:  # once they have changed they need not be the checkpoint's
             self._compare(tensors)
         return assemble(
@@ -70,6 +73,28 @@ class SharedSource:
             untraced=layout.untraced,
             trust_remote_code=bool(self._source["trust_remote_code"]),
         )
+
+    def _storages(self) -> list[torch.UntypedStorage]:
+        """The engine's.
+
+        Raises:
+            SourceRefused: they can't be mapped, or are not where the scorer is meant to be.
+            CheckpointError: there is no such place.
+        """
+        if self._weights.gpu is None:
+            self._file = MappedFile(self._weights.path, self._weights.layout.storages[0])
+            storages = [self._file.storage]
+        else:
+            self._file = MappedFile(self._weights.path)
+            storages = opened(self._weights.gpu)
+            self._gpu = storages[0].device
+        found = storages[0].device
+        if self._wanted != "auto" and self._wanted != found.type and parse_device(self._wanted) != found:
+            raise SourceRefused(
+                f"the engine's weights are on {found}, and scorer_device is {self._wanted}: leave it out, or use "
+                "scorer_weights: checkpoint"
+            )
+        return storages
 
     def _compare(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """With the checkpoint: every tensor at some of its values, those of the first layer at all.
@@ -95,6 +120,8 @@ class SharedSource:
 
     def version(self) -> int | None:
         """See ``WeightSource``."""
+        if self._gpu is not None:
+            torch.cuda.synchronize(self._gpu)  # a pass has read the weights when the GPU is done with it
         return None if self._file is None else self._file.version
 
 
@@ -102,4 +129,4 @@ def _equal(found: torch.Tensor, checkpoint: torch.Tensor, *, every: bool) -> boo
     """Whether the engine's tensor is the checkpoint's in its dtype, at every value or at some."""
     if not every:
         found, checkpoint = some_values(found), some_values(checkpoint)
-    return torch.equal(found, checkpoint.to(found.dtype))
+    return torch.equal(found, checkpoint.to(found.device, found.dtype))

@@ -1,8 +1,9 @@
 """Weights in memory that another process may map, and a number that tells when they change.
 
 The memory is an anonymous file: no disk, no limit of ``/dev/shm``, gone with its last process. Its first page
-holds the version, its rest the weights. The engine maps it for writing; then it is sealed, so that nobody else
-can, and the scorer maps it privately: what the scorer would write stays with the scorer.
+holds the version, its rest the weights, unless they are on a GPU. The engine maps it for writing; then it is
+sealed, so that nobody else can, and the scorer maps it privately: what the scorer would write stays with the
+scorer.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class SharedFile:
         """Make it; nothing is in it yet.
 
         Args:
-            sizes: of each storage, in bytes.
+            sizes: of each storage, in bytes; none: it is for the version alone.
 
         Raises:
             OSError: no memory for it, or a system without such files.
@@ -71,12 +72,12 @@ class SharedFile:
 class MappedFile:
     """The scorer's side of a ``SharedFile``."""
 
-    def __init__(self, path: str, size: int) -> None:
+    def __init__(self, path: str, size: int = _PAGE) -> None:
         """Map it.
 
         Args:
             path: as the engine gives it.
-            size: of the file, in bytes.
+            size: of the file, in bytes; by default that of one with the version alone.
 
         Raises:
             SourceRefused: it can't be opened from here.

@@ -1,4 +1,4 @@
-"""Moving an engine's weights into memory that a scorer can map."""
+"""Putting an engine's weights where a scorer can map them: on a CPU they move, on a GPU they stay."""
 
 from __future__ import annotations
 
@@ -9,9 +9,32 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from gnuq_serve.weights.layout import Layout, TensorView
+from gnuq_serve.weights.cuda_ipc import exported
+from gnuq_serve.weights.layout import Layout, SharedWeights, TensorView
 from gnuq_serve.weights.shared_file import SharedFile
 from gnuq_serve.weights.source import SourceRefused
+
+
+def made_shareable(
+    model: nn.Module, layout: Layout, storages: list[torch.UntypedStorage]
+) -> tuple[SharedFile, Layout, list[torch.UntypedStorage]]:
+    """Have the storages of a model where another process can get at them, and a file that holds their version.
+
+    Args:
+        model: whose parameters and buffers lie in the storages.
+        layout: of the checkpoint's tensors in them.
+        storages: on a CPU they are moved into the file, and this list is emptied; others stay as they are.
+
+    Returns:
+        The file, the layout as it is now, and the storages that it speaks of.
+
+    Raises:
+        SourceRefused: there is no such file, or something else in the engine holds on to a storage.
+    """
+    if any(storage.device.type != "cpu" for storage in storages):
+        return new_file(), layout, storages
+    file, layout = share(model, layout, storages)
+    return file, layout, [file.storage]
 
 
 def share(model: nn.Module, layout: Layout, storages: list[torch.UntypedStorage]) -> tuple[SharedFile, Layout]:
@@ -28,17 +51,34 @@ def share(model: nn.Module, layout: Layout, storages: list[torch.UntypedStorage]
         The file, and the same layout with the file as its one storage.
 
     Raises:
-        SourceRefused: the weights are not on the CPU, or something else in the engine holds on to them.
+        SourceRefused: there is no such file, or something else in the engine holds on to a storage.
     """
-    if any(storage.device.type != "cpu" for storage in storages):
-        raise SourceRefused("the engine's weights are not in the CPU's memory")
-    try:
-        file = SharedFile(layout.storages)
-    except OSError as error:
-        raise SourceRefused(f"no shared memory for the weights: {error}") from error
+    file = new_file(layout.storages)
     for start in file.starts:
         _move(model, storages, file, start)
     return file, _in_one_file(layout, file.starts, file.size)
+
+
+def new_file(sizes: Sequence[int] = ()) -> SharedFile:
+    """A file for storages of these sizes, and for their version.
+
+    Raises:
+        SourceRefused: there can be none.
+    """
+    try:
+        return SharedFile(sizes)
+    except OSError as error:
+        raise SourceRefused(f"no shared memory for the weights: {error}") from error
+
+
+def shared_weights(file: SharedFile, layout: Layout, storages: Sequence[torch.UntypedStorage]) -> SharedWeights:
+    """What a scorer is told of weights that lie in the file, or on a GPU.
+
+    Raises:
+        SourceRefused: they are somewhere else, or can't be shared.
+    """
+    in_file = [storage.data_ptr() for storage in storages] == [file.storage.data_ptr()]
+    return SharedWeights(file.path, layout, None if in_file else exported(storages))
 
 
 def _move(model: nn.Module, storages: list[torch.UntypedStorage], file: SharedFile, start: int) -> None:

@@ -8,9 +8,9 @@ from vllm import SamplingParams
 from gnuq_serve.vllm import UncertaintyLLM
 
 
-def main(model: str, calibration: str, questions: list[str]) -> None:
+def main(model: str, scorer_weights: str, calibration: str, questions: list[str]) -> None:
     engine = {"dtype": "float32", "enforce_eager": True, "max_model_len": 2048, "max_num_seqs": 8}
-    llm = UncertaintyLLM(model, calibration=calibration, **engine)
+    llm = UncertaintyLLM(model, scorer_weights=scorer_weights, calibration=calibration, **engine)
     chats = [[{"role": "user", "content": question}] for question in questions]
     greedy = SamplingParams(temperature=0, max_tokens=24)
     outputs = llm.chat(chats, greedy, use_tqdm=False)
@@ -32,4 +32,4 @@ def main(model: str, calibration: str, questions: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3:])
+    main(*sys.argv[1:4], sys.argv[4:])

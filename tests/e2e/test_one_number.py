@@ -20,20 +20,30 @@ QUESTIONS = ["What is the capital of France?", "What is 7 + 5?", "Who painted th
 
 
 @pytest.fixture(scope="module")
-def offline(smollm2, tmp_path_factory):
+def ask_offline(smollm2, tmp_path_factory):
+    """``ask_offline(scorer_weights)``: the questions, answered and scored by `UncertaintyLLM`."""
     bound = {"sampling": "temperature=0 top_p=1 max_tokens=24", "system_prompt": "none", "template": "default"}
     calibration = saved(tmp_path_factory.mktemp("calibration"), fingerprint=bound)
     script = Path(__file__).with_name("offline_answers.py")
-    run = subprocess.run(
-        [sys.executable, str(script), str(smollm2), calibration, *QUESTIONS],
-        env=os.environ | ENV,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
-    assert lines, run.stdout[-3000:] + run.stderr[-3000:]
-    return json.loads(lines[-1].removeprefix("RESULT "))
+
+    def ask(scorer_weights):
+        run = subprocess.run(
+            [sys.executable, str(script), str(smollm2), scorer_weights, calibration, *QUESTIONS],
+            env=os.environ | ENV,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
+        assert lines, run.stdout[-3000:] + run.stderr[-3000:]
+        return json.loads(lines[-1].removeprefix("RESULT "))
+
+    return ask
+
+
+@pytest.fixture(scope="module")
+def offline(ask_offline):
+    return ask_offline("checkpoint")
 
 
 def chat(client, question, **options):
@@ -77,6 +87,23 @@ def test_offline_leaves_what_was_asked_of_vllm(offline):
     *chats, two, _ = offline
     assert all(row["logprobs_restored"] for row in chats)
     assert len(two) == 2
+    for scored, served in two:
+        assert scored == pytest.approx(served, abs=1e-2)
+
+
+def test_offline_by_the_engines_own_weights(offline, ask_offline):
+    """The worker scores on its tensors, and gives the copy's numbers."""
+    *chats, two, warnings = ask_offline("shared")
+    assert warnings == offline[-1]
+    for found, expected in zip(chats, offline, strict=False):
+        assert (found["text"], found["token_ids"]) == (expected["text"], expected["token_ids"])
+        assert found["logprobs_restored"]
+        ours, theirs = found["uncertainty"], expected["uncertainty"]
+        assert ours["status"] == theirs["status"] == "scored"
+        for name in ("mode", "tokens", "fingerprint", "warnings", "decision", "calibration"):
+            assert ours[name] == theirs[name], name
+        for name in ("log_probability", "entropy", "log_epistemic", "log_grad_norm_sq", "p_correct"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-6), name
     for scored, served in two:
         assert scored == pytest.approx(served, abs=1e-2)
 

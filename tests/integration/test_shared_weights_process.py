@@ -1,20 +1,21 @@
 """The real scorer process on the weights of an engine, here a small one that fuses and pads them."""
 
-import msgspec
 import pytest
 import torch
-from fused_engine import FusedEngine
+from fused_engine import SharingEngine
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
 from test_scorer_process import Running, own_temp_folder, wait_until  # noqa: F401  (a fixture)
 
 from gnuq_serve.scorer import Sample, Scorer
 from gnuq_serve.service.answer import Answer
+from gnuq_serve.service.routes import routes
 from gnuq_serve.service.scorer.loading import load_scorer
 from gnuq_serve.service.served import ServedModel, scorer_config
 from gnuq_serve.service.settings.model import load_settings
-from gnuq_serve.weights.layout import SharedWeights
-from gnuq_serve.weights.sharing import share
+from gnuq_serve.weights.checkpoint import CheckpointError
+from gnuq_serve.weights.checkpoint_source import CheckpointSource
 from gnuq_serve.weights.source import SourceRefused
-from gnuq_serve.weights.tracing import CopyRecorder
 
 PROMPT, ANSWER = [5, 3, 9, 40], [7, 8, 9]
 
@@ -31,28 +32,19 @@ def checkpoints(tiny_llama, tmp_path_factory):
     return models
 
 
-class Engine:
+class Engine(SharingEngine):
     """Serves one checkpoint, shares its weights, and can be given others."""
 
     def __init__(self, model, path, **probe):
-        self.engine, self.path = FusedEngine(model.config), path
-        recorder = CopyRecorder()
-        with recorder:
-            self.engine.load_weights(recorder.watched(tensors_of(model)))
-        layout, storages = recorder.layout(self.engine.tensors())
-        self.file, layout = share(self.engine, layout, storages)
-        self.weights = SharedWeights(self.file.path, layout, **probe)
+        super().__init__(model.config, tensors_of(model), **probe)
+        self.path = path
 
     @property
     def served(self):
-        weights = msgspec.json.encode(self.weights).decode()
-        return ServedModel(model=self.path, dtype="float32", shared=weights)
+        return ServedModel(model=self.path, dtype="float32", shared=self.json)
 
     def reload(self, model, *, whole=True):
-        self.file.begin_change()
-        self.engine.load_weights(tensors_of(model))
-        if whole:
-            self.file.end_change()
+        super().reload(tensors_of(model), whole=whole)
 
 
 def tensors_of(model):
@@ -138,3 +130,63 @@ def test_another_checkpoint_than_the_served_one_is_refused(checkpoints):
 def test_weights_that_are_not_shared_are_not_replaced_by_a_copy(checkpoints, why, reason):
     (_, path), _ = checkpoints
     assert reason in refusal(ServedModel(model=path, dtype="float32", shared_refused=why))
+
+
+def auto(served):
+    return load_scorer(scorer_config(load_settings(), served))
+
+
+def test_auto_reads_the_engines_weights_where_they_are_shared(checkpoints):
+    (first, path), _ = checkpoints
+    engine = Engine(first, path, **probe_of(first))
+    scorer, source, not_shared = auto(engine.served)
+    assert (source.name, not_shared) == ("shared", None)
+    same(scorer.score([Sample(PROMPT, ANSWER)])[0], expected_of(first))
+
+
+def test_auto_loads_a_copy_of_what_it_can_not_share(checkpoints):
+    (first, path), (second, other) = checkpoints
+    wrong = probe_of(first)
+    wrong["probe_log_probability"] -= 0.5
+    for served, reason, expected in (
+        (Engine(first, path, **wrong).served, "they don't compute the same", first),
+        (Engine(first, other).served, "differs between the engine and the checkpoint", second),
+        (ServedModel(model=path, dtype="float32", shared_refused="experts"), "experts", first),
+    ):
+        scorer, source, not_shared = auto(served)
+        assert source.name == "checkpoint"
+        assert reason in not_shared
+        same(scorer.score([Sample(PROMPT, ANSWER)])[0], expected_of(expected))
+
+
+def test_the_health_route_says_why_auto_loaded_a_copy(checkpoints, capfd):
+    (first, path), _ = checkpoints
+    running = Running(ServedModel(model=path, dtype="float32", shared_refused="experts"), deadline_seconds=90)
+    try:
+        (score,) = running.score(Answer(PROMPT, ANSWER))
+        same(score, expected_of(first))
+        with TestClient(Starlette(routes=routes(running.service))) as client:
+            health = client.get("/v1/uncertainty/health").json()
+        assert (health["status"], health["weights"], health["not_shared"]) == ("ready", "checkpoint", "experts")
+    finally:
+        running.stop()
+    assert "can't have the engine's: experts" in capfd.readouterr().err
+
+
+def test_without_room_for_a_copy_the_remedy_is_named(checkpoints, monkeypatch):
+    (_, path), _ = checkpoints
+
+    def load(self):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(CheckpointSource, "load", load)
+    with pytest.raises(CheckpointError, match=r"--gnuq-scorer-weights checkpoint.*experts"):
+        auto(ServedModel(model=path, dtype="float32", shared_refused="experts"))
+
+
+def test_a_scorer_meant_for_another_device_is_refused(checkpoints):
+    (first, path), _ = checkpoints
+    engine = Engine(first, path)
+    for device in ("auto", "cpu"):
+        config = scorer_config(load_settings().model_copy(update={"scorer_device": device}), engine.served)
+        assert load_scorer(config).source.name == "shared"

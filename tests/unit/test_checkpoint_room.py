@@ -34,6 +34,14 @@ def test_tied_weights_count_once(tmp_path):
     assert estimate(str(tmp_path), "float32", 8).weights - tied == 4 * SIZES["vocab_size"] * SIZES["hidden_size"]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_transformers_would_merge_is_known_beforehand(family, tmp_path):
+    tiny(family).config.save_pretrained(tmp_path)
+    found = estimate(str(tmp_path), "float32", 8).unshareable
+    assert (found is None) == (family != "mixtral")
+    assert found is None or "experts" in found
+
+
 def test_own_memory(tmp_path):
     model = tiny("llama", dtype=torch.float32)
     assert own_bytes(model) == weight_bytes(model)

@@ -1,10 +1,15 @@
 """The share of a GPU that `gnuq-serve serve` gives to the engine."""
 
+from argparse import Namespace
+
 import pytest
 
 pytest.importorskip("vllm")
 
-from gnuq_serve.vllm.room import CONTEXT_BYTES, _on_engines_gpu, plan_room
+from gnuq_serve.service.settings.model import load_settings
+from gnuq_serve.vllm import room
+from gnuq_serve.vllm.names import EXTENSION, LOAD_FORMAT
+from gnuq_serve.vllm.room import CONTEXT_BYTES, leave_room, plan_room
 from gnuq_serve.weights.estimate import Estimate
 
 GIB = 2**30
@@ -44,8 +49,26 @@ def test_the_scorers_own_share_counts():
 
 
 @pytest.mark.parametrize(
-    ("device", "gpus", "expected"),
-    [("auto", 1, True), ("cpu", 1, False), ("cuda", 1, True), ("cuda:1", 1, False), ("cuda:1", 2, True)],
+    ("weights", "load_format", "copy"),
+    [
+        ("auto", "auto", 1),
+        ("auto", LOAD_FORMAT, 0),
+        ("shared", LOAD_FORMAT, 0),
+        ("checkpoint", LOAD_FORMAT, 1),
+        ("checkpoint", "auto", 1),
+    ],
 )
-def test_where_the_scorer_is(device, gpus, expected):
-    assert _on_engines_gpu(device, gpus) == expected
+def test_a_copy_has_room_where_there_is_to_be_one(weights, load_format, copy, monkeypatch):
+    monkeypatch.setattr(room.current_platform, "get_device_total_memory", lambda: 80 * GIB, raising=False)
+    monkeypatch.setenv("GNUQ_MEMORY_BUDGET", "")  # set by what is tested: taken back afterwards
+    args = Namespace(
+        tensor_parallel_size=1,
+        pipeline_parallel_size=1,
+        load_format=load_format,
+        worker_extension_cls=EXTENSION,
+        gpu_memory_utilization=0.92,
+        kv_cache_memory_bytes=None,
+    )
+    leave_room(args, load_settings(flags={"scorer_weights": weights}), WANTED)
+    need = copy * WANTED.weights + WANTED.pass_bytes + CONTEXT_BYTES
+    assert args.gpu_memory_utilization == pytest.approx(0.92 - need / (80 * GIB), abs=1.1e-3)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -11,7 +12,7 @@ import torch
 from gnuq_serve.scorer import Sample, Scorer
 from gnuq_serve.service.consistency import tolerance
 from gnuq_serve.service.scorer.messages import ScorerConfig, ScorerMemory
-from gnuq_serve.weights.checkpoint import check_same_vocabulary
+from gnuq_serve.weights.checkpoint import CheckpointError, check_same_vocabulary
 from gnuq_serve.weights.checkpoint_source import CheckpointSource
 from gnuq_serve.weights.layout import SharedWeights
 from gnuq_serve.weights.room import own_bytes, weight_bytes
@@ -21,61 +22,109 @@ from gnuq_serve.weights.source import SourceRefused, WeightSource
 logger = logging.getLogger(__name__)
 
 
-def load_scorer(config: ScorerConfig) -> tuple[Scorer, WeightSource]:
+class Loaded(NamedTuple):
+    """A scorer.
+
+    Attributes:
+        scorer: ready to score.
+        source: of its weights.
+        not_shared: why that isn't the engine, where ``auto`` would rather have had its weights.
+    """
+
+    scorer: Scorer
+    source: WeightSource
+    not_shared: str | None = None
+
+
+def load_scorer(config: ScorerConfig) -> Loaded:
     """The scorer, and where its weights come from.
 
     Raises:
-        SourceRefused: the engine's weights are asked for and can't be had, or are not what the engine computes
-            with.
+        SourceRefused: the engine's weights are asked for by name and can't be had, or are not what the engine
+            computes with.
         CheckpointError: the checkpoint can't be loaded, or has another vocabulary than the served one.
         UnsupportedModelError: the model's parameters can't all be counted.
     """
     if config.gpu_memory_fraction is not None:
         for device in range(torch.cuda.device_count()):
             torch.cuda.set_per_process_memory_fraction(config.gpu_memory_fraction, device)
-    shared = None if config.shared is None else msgspec.json.decode(config.shared, type=SharedWeights)
-    source = _source(config, shared)
-    scorer = Scorer.from_model(
-        source.load(), max_batch_tokens=config.max_batch_tokens, memory_budget=config.memory_budget
+    refused = config.shared_refused
+    if refused is None and config.shared is not None:
+        try:
+            return _on_engines_weights(config, msgspec.json.decode(config.shared, type=SharedWeights))
+        except SourceRefused as error:
+            refused = str(error)
+    if refused is None:
+        return _on_a_checkpoint(config)
+    if config.weights == "shared":
+        raise SourceRefused(f"the engine's weights can't be scored with (scorer_weights: shared): {refused}")
+    logger.warning(
+        "the scorer loads a copy of the weights, since it can't have the engine's: %s. Ask for one from the "
+        "start (scorer_weights: checkpoint), and an engine on a GPU leaves room for it",
+        refused,
     )
-    if shared is not None:
-        _check_probe(scorer, source, shared)
-    return scorer, source
+    gc.collect()  # what was tried holds memory
+    torch.cuda.empty_cache()
+    try:
+        return _on_a_checkpoint(config)._replace(not_shared=refused)
+    except torch.OutOfMemoryError as error:
+        raise CheckpointError(
+            "no room for a copy of the weights beside the engine: start with --gnuq-scorer-weights checkpoint, "
+            f"and it leaves room. Its own weights can't be scored with: {refused}"
+        ) from error
 
 
-def memory_of(scorer: Scorer, tokens: int) -> ScorerMemory:
+def memory_of(scorer: Scorer, source: WeightSource, tokens: int) -> ScorerMemory:
     """What a scorer takes.
 
     Args:
         scorer: loaded.
+        source: of its weights.
         tokens: positions in a full pass.
     """
     return ScorerMemory(
         weights=weight_bytes(scorer.model),
-        own_weights=own_bytes(scorer.model),
+        own_weights=own_bytes(scorer.model, gpu_is_own=source.name != SharedSource.name),
         pass_tokens=tokens,
         pass_bytes=scorer.pass_bytes(tokens),
         budget=scorer.memory_budget,
     )
 
 
-def _source(config: ScorerConfig, shared: SharedWeights | None) -> WeightSource:
-    options: dict[str, Any] = {
+def _on_engines_weights(config: ScorerConfig, shared: SharedWeights) -> Loaded:
+    source = SharedSource(shared, config.model, **_options(config))
+    scorer = _scorer(source, config)
+    _check_probe(scorer, source, shared)
+    return Loaded(scorer, source)
+
+
+def _on_a_checkpoint(config: ScorerConfig) -> Loaded:
+    if config.model != config.served_model:
+        check_same_vocabulary(config.model, config.served_model, trust_remote_code=config.trust_remote_code)
+    source = CheckpointSource(
+        config.model,
+        device_map=_device_map(config),
+        map_converted=config.weights == "auto",
+        **_options(config),
+    )
+    return Loaded(_scorer(source, config), source)
+
+
+def _options(config: ScorerConfig) -> dict[str, Any]:
+    """Of either source."""
+    return {
         "dtype": config.dtype,
+        "device": config.device,
         "revision": config.revision,
         "trust_remote_code": config.trust_remote_code,
         "config_overrides": config.config_overrides,
     }
-    if config.shared_refused is not None:
-        raise SourceRefused(
-            f"the engine's weights can't be scored with (scorer_weights: shared): {config.shared_refused}"
-        )
-    if shared is not None:
-        return SharedSource(shared, config.model, **options)
-    if config.model != config.served_model:
-        check_same_vocabulary(config.model, config.served_model, trust_remote_code=config.trust_remote_code)
-    options |= {"device": config.device, "device_map": _device_map(config)}
-    return CheckpointSource(config.model, map_converted=config.weights == "auto", **options)
+
+
+def _scorer(source: WeightSource, config: ScorerConfig) -> Scorer:
+    return Scorer.from_model(
+        source.load(), max_batch_tokens=config.max_batch_tokens, memory_budget=config.memory_budget
+    )
 
 
 def _device_map(config: ScorerConfig) -> str | None:

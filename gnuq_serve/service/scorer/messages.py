@@ -22,7 +22,7 @@ class ScorerConfig(msgspec.Struct, frozen=True, kw_only=True):
     served_model: str
     weights: ScorerWeights = "auto"
     shared: str | None = None  # the engine's, as a ``SharedWeights`` in JSON; None: load a checkpoint
-    shared_refused: str | None = None  # why there are none although they were asked for
+    shared_refused: str | None = None  # why there are none although they were asked for, or auto would use them
     engine_workers: int = 1  # over which the engine's weights are split
     dtype: str = "auto"
     device: str = "auto"
@@ -75,6 +75,7 @@ class ScorerState(msgspec.Struct, frozen=True, kw_only=True):
     device: str | None = None
     fingerprint: str | None = None
     weights: str | None = None  # the name of their source
+    not_shared: str | None = None  # why they aren't the engine's own, where auto would rather have had those
     memory: ScorerMemory | None = None
 
 

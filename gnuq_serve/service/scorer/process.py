@@ -49,7 +49,7 @@ def main() -> int:
     threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
     torch.set_num_threads(config.threads)
     try:
-        scorer, source = load_scorer(config)
+        scorer, source, not_shared = load_scorer(config)
         # Warm-up: the first user does not pay for lazy initialisation, and for measuring what a pass takes.
         scorer.score([Sample([0, 0], [0])], mode=config.mode)
         desk = Desk(config)
@@ -65,7 +65,8 @@ def main() -> int:
             device=scorer.device,
             fingerprint=scorer.fingerprint,
             weights=source.name,
-            memory=memory_of(scorer, config.max_batch_tokens),
+            not_shared=not_shared,
+            memory=memory_of(scorer, source, config.max_batch_tokens),
         ),
     )
     adapters = AdapterScorers(

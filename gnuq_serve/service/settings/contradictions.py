@@ -40,8 +40,8 @@ def _of_weights(settings: Settings) -> str | None:
         for name in ("scorer_model", "scorer_device_map"):
             if getattr(settings, name) is not None:
                 return f"scorer_weights: shared means vLLM's own weights, {name} other ones: set one of them"
-        if settings.scorer_dtype != "auto" or settings.scorer_device not in ("auto", "cpu"):
-            return "scorer_weights: shared has vLLM's dtype, on the CPU: leave out scorer_dtype and scorer_device"
+        if settings.scorer_dtype != "auto":
+            return "scorer_weights: shared has vLLM's dtype: leave out scorer_dtype"
     if settings.scorer_device_map is not None and settings.scorer_device != "auto":
         return "scorer_device and scorer_device_map both say where the scorer's weights go: set one of them"
     return None
