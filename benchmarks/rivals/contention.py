@@ -3,28 +3,54 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from pathlib import Path
 
+import psutil
+
 TOLERATED = 0.05
+_EVERY = 1.0  # seconds between two looks at our processes
 
 
 class Contention:
-    """Starts counting when made. Linux only."""
+    """Starts counting when made. Linux only.
+
+    A server's engine outlives the process that started it by a moment: nobody waits for it, and its time is never
+    added to ours. So we look at all that descend from us while they run.
+    """
 
     def __init__(self) -> None:
-        self._start = self._now()
+        self._ours: dict[int, float] = {}
+        self._look()
+        self._before = dict(self._ours)
+        self._start = time.perf_counter(), _busy()
+        threading.Thread(target=self._watch, daemon=True).start()
 
     def share(self) -> float:
         """Processor time that other processes have used since, as a share of all that the machine has."""
-        wall, busy, own = (now - then for now, then in zip(self._now(), self._start, strict=True))
-        return max(0.0, (busy - own) / (wall * (os.cpu_count() or 1)))
+        self._look()
+        own = sum(seconds - self._before.get(pid, 0.0) for pid, seconds in self._ours.items())
+        began, busy = self._start
+        return max(0.0, (_busy() - busy - own) / ((time.perf_counter() - began) * (os.cpu_count() or 1)))
 
-    @staticmethod
-    def _now() -> tuple[float, float, float]:
-        fields = [int(field) for field in Path("/proc/stat").read_text().partition("\n")[0].split()[1:]]
-        idle = fields[3] + fields[4]  # idle, and waiting for a disk
-        busy = (sum(fields[:8]) - idle) / os.sysconf("SC_CLK_TCK")
-        times = os.times()
-        own = times.user + times.system + times.children_user + times.children_system
-        return time.perf_counter(), busy, own
+    def _watch(self) -> None:
+        while True:
+            time.sleep(_EVERY)
+            self._look()
+
+    def _look(self) -> None:
+        me = psutil.Process()
+        for process in (me, *me.children(recursive=True)):
+            try:
+                times = process.cpu_times()
+            except psutil.Error:
+                continue  # it has ended
+            self._ours[process.pid] = times.user + times.system
+
+
+def _busy() -> float:
+    """Processor seconds that all have used since the machine started."""
+    fields = [int(field) for field in Path("/proc/stat").read_text().partition("\n")[0].split()[1:]]
+    idle = fields[3] + fields[4]  # idle, and waiting for a disk
+    return (sum(fields[:8]) - idle) / os.sysconf("SC_CLK_TCK")

@@ -181,7 +181,7 @@ def _kept_bytes(model: nn.Module, coverage: Coverage, length: int, prefix: int) 
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             storages[storage.data_ptr()] = storage
-        return tensor
+        return tensor.detach()  # itself, a node's output would hold that node, and be held by it for ever
 
     batch = Batch.of([([0] * (prefix + length), [0])], coverage.embedding_weight.device, prefix)
     recorder = Recorder(coverage, batch)

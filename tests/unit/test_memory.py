@@ -1,5 +1,7 @@
 """What a pass is said to take beyond the weights, beside what it takes."""
 
+import gc
+
 import pytest
 import torch
 from left_clean import unchanged
@@ -59,6 +61,16 @@ def test_exact(any_kind, samples, positions, answer):
     said = measure(model, coverage).bytes(positions, samples, samples * answer)
     taken = peak(model, lambda: gradient_pass(model, coverage, pairs(samples, positions, answer)))
     assert 0.95 < said / taken < 1.3
+
+
+def test_nothing_stays_behind(any_kind):
+    model, coverage = any_kind
+    with LiveMemory(model) as live:
+        measure(model, coverage)
+        result = gradient_pass(model, coverage, pairs(2, 60, 30), semantic=True)
+        del result
+        gc.collect()
+    assert live.now < live.peak / 100  # what models keep of their masks and positions
 
 
 def test_semantic(any_kind):
