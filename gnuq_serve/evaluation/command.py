@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +18,7 @@ from gnuq_serve.calibration.arguments import EXIT_STOPPED
 from gnuq_serve.calibration.command import check_packages
 from gnuq_serve.calibration.progress import progress_bar, say
 from gnuq_serve.calibration.questions import CHOICE_PROMPT
+from gnuq_serve.calibration.stopping import terminating_as_interrupt
 from gnuq_serve.evaluation.asking import Asked, jobs_of
 from gnuq_serve.evaluation.costs import cost_of, step_memory, step_seconds, timed_steps
 from gnuq_serve.evaluation.encoder import packaged_encoder
@@ -66,23 +65,13 @@ def run(args: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     try:
-        with _terminating_as_interrupt():
+        with terminating_as_interrupt():
             found, model = _measure(args, methods, sets, models, out)
     except KeyboardInterrupt:
         say("stopped; the same command goes on from here")
         return EXIT_STOPPED
     _write(args, found, model, out, time.monotonic() - start)
     return 0
-
-
-@contextmanager
-def _terminating_as_interrupt() -> Iterator[None]:
-    """SIGTERM as Ctrl-C: the server of ``--model`` must not outlive us."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _check(args: argparse.Namespace) -> None:

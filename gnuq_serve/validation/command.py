@@ -13,6 +13,7 @@ from typing import Any
 from gnuq_serve.calibration.arguments import EXIT_STOPPED
 from gnuq_serve.calibration.command import check_packages
 from gnuq_serve.calibration.progress import progress_bar, say
+from gnuq_serve.calibration.stopping import terminating_as_interrupt
 
 PACKAGES = ("numpyro", "jax", "curvlinops", "torch", "scipy", "matplotlib", "tqdm")
 DEFAULTS: dict[str, Any] = {"widths": [2, 4, 8, 16, 32, 64], "seeds": 3, "train": 100, "draws": 300}
@@ -34,8 +35,9 @@ def run(args: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     try:
-        rows, settings = _rows(args, out)
-        language_model = _language_model(args, out) if covariance and args.model else None
+        with terminating_as_interrupt():
+            rows, settings = _rows(args, out)
+            language_model = _language_model(args, out) if covariance and args.model else None
     except KeyboardInterrupt:
         say("stopped; the same command goes on from here")
         return EXIT_STOPPED

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -69,5 +69,7 @@ def run_all(
                     progress()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
+                for child in active_children():  # a run takes minutes, and nothing of half a run is kept
+                    child.terminate()
                 raise
     return [file.rows[case] for case in cases]

@@ -1,7 +1,11 @@
 """The command from end to end on the smallest network: runs, results, figures, going on where it stopped."""
 
 import json
+import subprocess
+import sys
+import time
 
+import psutil
 import pytest
 
 pytest.importorskip("numpyro")
@@ -37,6 +41,22 @@ def test_both_experiments_from_the_same_runs(tmp_path, capsys):
     assert "1 refused" in capsys.readouterr().out
     assert main(["validate", "synthetic", *out, "--prior", "fan_in"]) == 1
     assert "prior was 'unit', is 'fan_in'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_told_to_end_it_leaves_no_run_behind(tmp_path):
+    command = [sys.executable, "-m", "gnuq_serve.cli", "validate", "synthetic", "--out", str(tmp_path), "--quick"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    runs: list[psutil.Process] = []
+    while len(runs) < 2:
+        assert process.poll() is None
+        time.sleep(0.1)
+        children = psutil.Process(process.pid).children()
+        runs = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, "goes on from here" in said) == (130, True), said
+    assert not psutil.wait_procs(runs, timeout=10)[1]
 
 
 def test_training_that_fails_is_a_row(monkeypatch):
