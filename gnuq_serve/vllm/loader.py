@@ -137,6 +137,6 @@ def _keep_linear_weights(model: nn.Module) -> None:
         layer._cpu_skip_gemm_dispatch = True
     logger.warning(
         "gnuq: %d linear layers keep their weights as they are, for the scorer to read: without vLLM's packing "
-        "the CPU engine makes about a third fewer tokens a second under load (no cost on a GPU)",
+        "the engine makes up to a third fewer tokens a second under load on some CPUs (no cost on a GPU)",
         len(layers),
     )

@@ -48,7 +48,7 @@ class UncertaintyLLM:
             scorer_device: device of the scorer's weights.
             scorer_weights: ``"checkpoint"``: a copy, in this process; ``"shared"``: the engine's own tensors, by
                 its worker, in the engine's device and dtype, without a copy. On a CPU the engine is then slower,
-                by a third under load.
+                by up to a third under load.
             calibration: gives each uncertainty ``p_correct`` and a decision; or the path of its file.
             **vllm_args: every other argument of ``vllm.LLM``.
 

@@ -35,7 +35,7 @@ class Settings(BaseModel):
     scorer_weights: Literal["auto", "shared", "checkpoint"] = Field(
         "auto",
         description="Where the scorer's weights come from: a checkpoint of its own, or vLLM's tensors (shared: "
-        "no second copy, but a CPU's engine makes a third fewer tokens a second under load). auto on a GPU: "
+        "no second copy, but some CPUs' engine makes a third fewer tokens a second under load). auto on a GPU: "
         "vLLM's tensors, or a copy where that can't be; the health route says why. auto on a CPU: a checkpoint, "
         "mapped; where its dtype is not the scorer's, from a converted file that is written once to the cache "
         "(GNUQ_CACHE). checkpoint: as it is, without such a file, and a GPU's engine leaves room for a copy.",
