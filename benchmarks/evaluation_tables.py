@@ -50,12 +50,7 @@ def short(value: float | None) -> str:
 def aurocs(results: Results) -> list[str]:
     """Rows of a table: every method, every set, with its interval; the best three of a set in bold."""
     sets = results["sets"]
-    best = {
-        one["name"]: sorted((m["auroc"]["value"] for m in one["methods"] if m["auroc"]["value"]), reverse=True)[
-            :3
-        ]
-        for one in sets
-    }
+    best = {one["name"]: sorted(_values(one), reverse=True)[:3] for one in sets}
     lines = ["| AUROC | " + " | ".join(one["name"] for one in sets) + " |", "|---|" + "---|" * len(sets)]
     lines.append("| right answers | " + " | ".join(f"{one['right']} of {one['answers']}" for one in sets) + " |")
     for name in methods(results):
@@ -70,6 +65,11 @@ def aurocs(results: Results) -> list[str]:
             cells.append(cell)
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     return lines
+
+
+def _values(one: Results) -> list[float]:
+    values = (method["auroc"]["value"] for method in one["methods"])
+    return [value for value in values if value is not None]
 
 
 def differences(results: Results) -> list[str]:
@@ -139,15 +139,18 @@ def publishable(results: Results) -> Results:
             return {key: plain(inner) for key, inner in value.items()}
         if isinstance(value, list):
             return [plain(inner) for inner in value]
-        if isinstance(value, float):
-            return float(f"{value:.4g}")
-        if isinstance(value, str) and "/" in value and " " not in value:
-            return ",".join(part.rpartition("/")[2] for part in value.split(","))
-        return value
+        return float(f"{value:.4g}") if isinstance(value, float) else value
 
     found: Results = plain(results)
-    found["arguments"].pop("out", None)
-    return found
+    arguments = {name: _without_folders(value) for name, value in found["arguments"].items() if name != "out"}
+    return {**found, "model": _without_folders(found["model"]), "arguments": arguments}
+
+
+def _without_folders(value: Any) -> Any:
+    """Of files, parted by commas."""
+    if not isinstance(value, str):
+        return value
+    return ",".join(part.rpartition("/")[2] for part in value.split(","))
 
 
 def main() -> None:

@@ -157,7 +157,6 @@ def main() -> None:
                 for log in Path(folder).glob("*.log"):
                     print(f"--- {log.name}\n{log.read_text(errors='replace')[-3000:]}")
                 raise
-            # Once the server has ended, its processes count as our own.
             measured[name]["machine_used_by_others"] = others = contention.share()
             print(json.dumps(without_raw(measured[name]), indent=1))
             if others > TOLERATED:

@@ -14,7 +14,7 @@ _EVERY = 1.0  # seconds between two looks at our processes
 
 
 class Contention:
-    """Starts counting when made. Linux only.
+    """Counts from when it is made to when it is asked for its share, once. Linux only.
 
     A server's engine outlives the process that started it by a moment: nobody waits for it, and its time is never
     added to ours. So we look at all that descend from us while they run.
@@ -25,18 +25,19 @@ class Contention:
         self._look()
         self._before = dict(self._ours)
         self._start = time.perf_counter(), _busy()
+        self._asked = threading.Event()
         threading.Thread(target=self._watch, daemon=True).start()
 
     def share(self) -> float:
         """Processor time that other processes have used since, as a share of all that the machine has."""
+        self._asked.set()
         self._look()
         own = sum(seconds - self._before.get(pid, 0.0) for pid, seconds in self._ours.items())
         began, busy = self._start
         return max(0.0, (_busy() - busy - own) / ((time.perf_counter() - began) * (os.cpu_count() or 1)))
 
     def _watch(self) -> None:
-        while True:
-            time.sleep(_EVERY)
+        while not self._asked.wait(_EVERY):
             self._look()
 
     def _look(self) -> None:
