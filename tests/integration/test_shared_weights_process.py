@@ -3,9 +3,9 @@
 import pytest
 import torch
 from fused_engine import SharingEngine
+from live_scorer import Running, wait_until
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
-from test_scorer_process import Running, own_temp_folder, wait_until  # noqa: F401  (a fixture)
 
 from gnuq_serve.scorer import Sample, Scorer
 from gnuq_serve.service.answer import Answer
@@ -16,6 +16,8 @@ from gnuq_serve.service.settings.model import load_settings
 from gnuq_serve.weights.checkpoint import CheckpointError
 from gnuq_serve.weights.checkpoint_source import CheckpointSource
 from gnuq_serve.weights.source import SourceRefused
+
+pytestmark = pytest.mark.usefixtures("own_temp_folder")
 
 PROMPT, ANSWER = [5, 3, 9, 40], [7, 8, 9]
 
