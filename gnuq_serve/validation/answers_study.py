@@ -60,7 +60,7 @@ def read_items(folder: str | Path) -> dict[str, list[Item]]:
         rows = Path(folder, "rows.jsonl").read_text(encoding="utf-8").splitlines()
         for line in work[1:]:
             step = json.loads(line)
-            if step["step"] == "answer" and step["result"].get("answer_ids"):
+            if step.get("step") == "answer" and step["result"].get("answer_ids"):
                 answers[step["set"], step["key"]] = step["result"]
         for row in map(json.loads, rows):
             if answer := answers.get((row["set"], row["key"])):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from gnuq_serve.evaluation.working_file import EvaluationFile
 from gnuq_serve.scorer import Sample, Scorer
 from gnuq_serve.validation.answers_study import read_items, set_report
 from gnuq_serve.validation.language_model import (
@@ -119,15 +120,13 @@ def test_report_of_a_set():
 
 def test_answers_of_an_evaluation(tmp_path):
     answer = {"prompt_ids": [1, 2], "answer_ids": [3], "text": "x"}
-    work = [
-        {"gnuq_evaluation": 1, "settings": {}},
-        {"set": "s:open", "key": "a", "step": "answer", "result": answer},
-        {"set": "s:open", "key": "a", "step": "score", "result": {}},
-        {"set": "s:open", "key": "b", "step": "answer", "result": {"failure": "gone"}},
-        {"set": "s:open", "key": "c", "step": "answer", "result": answer | {"answer_ids": [4, 5]}},
-    ]
+    with EvaluationFile(tmp_path / "work.jsonl", {}) as file:  # what evaluate itself writes
+        file.add("s:open", "a", "answer", answer)
+        file.add("s:open", "a", "score", {})
+        file.add("s:open", "b", "answer", {"failure": "gone"})
+        file.add("s:open", "c", "answer", answer | {"answer_ids": [4, 5]})
+        file.note("scorer_bytes", 1000)
     rows = [{"set": "s:open", "key": key, "correct": key == "c"} for key in "abc"]
-    (tmp_path / "work.jsonl").write_text("".join(json.dumps(line) + "\n" for line in work))
     with pytest.raises(ValueError, match=r"--evaluation .*: no finished evaluation there"):
         read_items(tmp_path)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rows))
