@@ -36,11 +36,11 @@ demo: setup  ## serve a small model, score its answers, let a chatbot route them
 	@$(BIN)/python examples/demo.py
 
 test: setup  ## all tests (PYTEST_ARGS="-m 'not slow'" for the quick ones)
-	@# What starts real servers runs alone: on two cores, tests beside it would only slow it down. What fails gets a
-	@# second try, and is listed as such: on a loaded machine an answer may come after its deadline.
+	@# What starts real servers runs by itself: on two cores, other tests beside it would only slow it down. What fails
+	@# gets a second try, and is listed as such: on a loaded machine an answer may come after its deadline.
 	@status=0; \
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile --reruns 1 tests/unit tests/integration $(PYTEST_ARGS) || status=$$?; \
-	$(ONE_THREAD) $(BIN)/python -m pytest --reruns 1 tests/e2e $(PYTEST_ARGS) || { code=$$?; test $$code -eq 5 || status=$$code; }; \
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile --reruns 1 tests/e2e $(PYTEST_ARGS) || { code=$$?; test $$code -eq 5 || status=$$code; }; \
 	exit $$status
 
 lint: setup  ## ruff and mypy

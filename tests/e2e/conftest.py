@@ -5,8 +5,30 @@ import pytest
 from live_server import ENV, GNUQ_SERVE, KEY, OPTIONS, VLLM, proxy_command, wait_for_scorer
 from span_receiver import SpanReceiver
 from thinking_model import make_thinking_model
+from xdist.scheduler import LoadScopeScheduling
 
 from gnuq_serve.managed_server import ManagedServer, free_port
+
+# Their servers are their own; two of them also compare with ``server``.
+OWN_SERVERS = {
+    "test_api_servers.py",
+    "test_gating.py",
+    "test_langchain_standard.py",
+    "test_shared_weights.py",
+    "test_sidecar.py",
+}
+
+
+class ByServer(LoadScopeScheduling):
+    """One worker gets the files that share ``server``, the other the rest: so few run at a time (4 GiB each)."""
+
+    def _split_scope(self, nodeid):
+        file = nodeid.partition("::")[0].rpartition("/")[2]
+        return file if file in OWN_SERVERS else "server"
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return ByServer(config, log)
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +61,7 @@ def server(smollm2, start, receiver):
         yield running
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def plain_server(smollm2, start):
     """vLLM without us."""
     with start([*VLLM, str(smollm2), *OPTIONS], ENV | {"VLLM_PLUGINS": ""}) as running:

@@ -18,6 +18,7 @@ HEADERS = {"Authorization": f"Bearer {KEY}"}
 ENV = {**CPU_ENVIRONMENT, **OFFLINE}
 OPTIONS = ["--served-model-name", NAME, "--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"]
 OPTIONS += ["--max-num-seqs", "8", "--api-key", KEY, "--host", HOST]
+OPTIONS += ["--num-gpu-blocks-override", "64"]  # 8,192 tokens and .4 GiB: several servers run at a time
 OPTIONS += ["--tool-call-parser", "hermes", "--enable-auto-tool-choice"]
 GNUQ_SERVE = str(Path(sys.executable).with_name("gnuq-serve"))
 VLLM = [sys.executable, "-m", "gnuq_serve.vllm.server_main"]
