@@ -9,11 +9,12 @@ from xdist.scheduler import LoadScopeScheduling
 
 from gnuq_serve.managed_server import ManagedServer, free_port
 
-# Their servers are their own; two of them also compare with ``server``.
+# Their servers are mostly their own; some also compare with ``server``.
 OWN_SERVERS = {
     "test_api_servers.py",
     "test_gating.py",
     "test_langchain_standard.py",
+    "test_parsers.py",
     "test_shared_weights.py",
     "test_sidecar.py",
 }
