@@ -84,7 +84,7 @@ def answers_report(model_path: str, evaluation: str, out: Path, *, limit: int, t
     items = read_items(evaluation)
     scored = {name: some[:limit] for name, some in items.items()}
     others = [item for some in items.values() for item in some[limit:]] or [i for s in items.values() for i in s]
-    settings = {"model": model_path, "evaluation": str(evaluation), "texts": texts}
+    settings = {"model": model_path, "evaluation": str(evaluation), "texts": texts, "limit": limit}
     with AnswersFile(out / "answers.jsonl", settings) as file:
         todo = [
             (name, item) for name, some in scored.items() for item in some if (name, item.key) not in file.rows

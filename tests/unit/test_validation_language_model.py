@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from gnuq_serve.evaluation.working_file import EvaluationFile
 from gnuq_serve.scorer import Sample, Scorer
-from gnuq_serve.validation.answers_study import read_items, set_report
+from gnuq_serve.validation.answers_study import answers_report, read_items, set_report
 from gnuq_serve.validation.language_model import (
     Covariances,
     Item,
@@ -133,3 +133,32 @@ def test_answers_of_an_evaluation(tmp_path):
     assert read_items(tmp_path) == {
         "s:open": [Item("a", [1, 2], [3], False), Item("c", [1, 2], [4, 5], True)],
     }
+
+
+@pytest.mark.slow
+def test_covariances_on_a_real_models_answers(smollm2, tmp_path):
+    evaluation = tmp_path / "evaluation"
+    evaluation.mkdir()
+    prompt, answers = [*range(100, 120)], {"a": [200, 201], "b": [300], "c": [400, 401, 402], "d": [500]}
+    with EvaluationFile(evaluation / "work.jsonl", {}) as file:
+        for key, ids in answers.items():
+            file.add("s:open", key, "answer", {"prompt_ids": prompt, "answer_ids": ids})
+    rows = [{"set": "s:open", "key": key, "correct": key == "a"} for key in answers]
+    (evaluation / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out"
+    out.mkdir()
+
+    report = answers_report(str(smollm2), str(evaluation), out, limit=2, texts=2)
+    assert (report["sets"]["s:open"]["answers"], report["sets"]["s:open"]["right"]) == (2, 1)
+    written = (out / "answers.jsonl").read_text()
+    samples = [Sample(prompt, answers[key]) for key in "ab"]
+    expected = Scorer.from_pretrained(str(smollm2), dtype="float32", device="cpu").score(samples)
+    found = [json.loads(line) for line in written.splitlines()[1:]]
+    for one, score in zip(found, expected, strict=True):
+        assert one["log_p"] == pytest.approx(score.log_probability, rel=1e-4)
+        assert one["log_norms"]["isotropic"] == pytest.approx(score.log_grad_norm_sq, abs=1e-3)
+
+    assert answers_report(str(smollm2), str(evaluation), out, limit=2, texts=2) == report
+    assert (out / "answers.jsonl").read_text() == written  # nothing was computed again
+    with pytest.raises(ValueError, match="limit was 2, is 3"):  # other questions build a covariance then
+        answers_report(str(smollm2), str(evaluation), out, limit=3, texts=2)
