@@ -111,24 +111,33 @@ def costs(results: Results) -> list[str]:
 
 def draw(every: dict[str, Results], figure: Any) -> None:
     """One panel for each model: sets from top to bottom, in each the methods of ``DRAWN``."""
-    panels = figure.subplots(1, len(every), sharey=True, squeeze=False)[0]
+    panels = figure.subplots(1, len(every), sharex=True, sharey=True, squeeze=False)[0]
     colours = (INK, RIGHT, "#67a9cf", "#4d9221", "#b2abd2", "#e08214", "#c51b7d", WRONG)
+    names = list(dict.fromkeys(one["name"] for results in every.values() for one in results["sets"]))
+    legend = {}
     for axes, (model, results) in zip(panels, every.items(), strict=True):
-        sets = results["sets"]
-        for row, one in enumerate(sets):
+        for one in results["sets"]:
+            row = names.index(one["name"])
             for at, (name, colour) in enumerate(zip(DRAWN, colours, strict=True)):
                 auroc = of(one, name).get("auroc", {"value": None})
                 if auroc["value"] is None:
                     continue
                 height = row + (at - len(DRAWN) / 2) * 0.1
                 axes.plot([auroc["low"], auroc["high"]], [height, height], color=colour, linewidth=1.1)
-                label = name if row == 0 else None
-                axes.plot([auroc["value"]], [height], "o", color=colour, markersize=3.2, label=label)
+                (legend[name],) = axes.plot([auroc["value"]], [height], "o", color=colour, markersize=3.2)
         axes.axvline(0.5, color=FAINT, linewidth=0.9, linestyle="--")
-        axes.set_yticks(range(len(sets)), [one["name"] for one in sets])
-        axes.set(xlabel="AUROC for wrong answers (95 % interval)", title=model)
+        axes.set(xlabel="AUROC for wrong answers (95 % interval)", title=model.removeprefix("evaluation-"))
+    panels[0].set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()
-    panels[-1].legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(1, 0))
+    shown = [name for name in DRAWN if name in legend]
+    panels[-1].legend(
+        [legend[name] for name in shown],
+        shown,
+        frameon=False,
+        fontsize=7,
+        loc="lower left",
+        bbox_to_anchor=(1, 0),
+    )
 
 
 def publishable(results: Results) -> Results:
