@@ -145,7 +145,7 @@ def test_a_scorer_that_is_too_slow_delays_the_end_no_longer_than_the_deadline(sm
         events, (late,) = split_stream(ask_streamed(running, "chat/completions", CHAT))
         assert late["status"] == "skipped"
         assert "has not answered within 1 s" in late["reason"]
-        body = CHAT | {"n": 3, "temperature": 1.0}
+        body = CHAT | {"n": 3, "temperature": 1.0, "ignore_eos": True}  # so that the three end together
         _, scores = split_stream(ask_streamed(running, "chat/completions", body))
         assert sorted(score["reason"][:21] for score in scores) == ["the scorer has not an"] * 2 + [
             "the scoring queue is "
