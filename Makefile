@@ -7,6 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 # OpenMP threads spin: torch processes side by side (engine, scorer, tests) take one thread each.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=1
+PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile --reruns 1
 PYTEST_ARGS ?=
 BENCH_ARGS ?= --quick
 
@@ -39,8 +40,8 @@ test: setup  ## all tests (PYTEST_ARGS="-m 'not slow'" for the quick ones)
 	@# What starts real servers runs by itself: on two cores, other tests beside it would only slow it down. What fails
 	@# gets a second try, and is listed as such: on a loaded machine an answer may come after its deadline.
 	@status=0; \
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile --reruns 1 tests/unit tests/integration $(PYTEST_ARGS) || status=$$?; \
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile --reruns 1 tests/e2e $(PYTEST_ARGS) || { code=$$?; test $$code -eq 5 || status=$$code; }; \
+	$(PYTEST) tests/unit tests/integration $(PYTEST_ARGS) || status=$$?; \
+	$(PYTEST) tests/e2e $(PYTEST_ARGS) || { code=$$?; test $$code -eq 5 || status=$$code; }; \
 	exit $$status
 
 lint: setup  ## ruff and mypy
