@@ -13,6 +13,7 @@ import numpy as np
 from gnuq_serve.calibration.journal import Journal
 from gnuq_serve.calibration.metrics import auroc, bootstrap_aurocs, interval
 from gnuq_serve.calibration.progress import progress_bar, say
+from gnuq_serve.evaluation.working_file import read_results
 from gnuq_serve.validation.language_model import (
     SOURCES,
     TEXT_TOKENS,
@@ -53,17 +54,13 @@ def read_items(folder: str | Path) -> dict[str, list[Item]]:
     Raises:
         ValueError: the folder holds no finished evaluation.
     """
-    answers: dict[tuple[str, str], dict[str, Any]] = {}
     items: dict[str, list[Item]] = {}
     try:
-        work = Path(folder, "work.jsonl").read_text(encoding="utf-8").splitlines()
+        results = read_results(Path(folder, "work.jsonl"))
         rows = Path(folder, "rows.jsonl").read_text(encoding="utf-8").splitlines()
-        for line in work[1:]:
-            step = json.loads(line)
-            if step.get("step") == "answer" and step["result"].get("answer_ids"):
-                answers[step["set"], step["key"]] = step["result"]
         for row in map(json.loads, rows):
-            if answer := answers.get((row["set"], row["key"])):
+            answer = results.get((row["set"], row["key"]), {}).get("answer", {})
+            if answer.get("answer_ids"):
                 item = Item(row["key"], answer["prompt_ids"], answer["answer_ids"], bool(row["correct"]))
                 items.setdefault(row["set"], []).append(item)
     except (OSError, json.JSONDecodeError, KeyError) as error:
