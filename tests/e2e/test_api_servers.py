@@ -115,6 +115,7 @@ def test_an_adapters_answer_is_scored_with_the_adapter(two):
     scores = [response["choices"][0]["uncertainty"] for response in (plain, tuned)]
     assert [score["status"] for score in scores] == ["scored", "scored"]
     assert [score["warnings"] for score in scores] == [[], []]
+    assert abs(scores[0]["log_probability"] - scores[1]["log_probability"]) > 0.1
     assert scores[0]["fingerprint"] != scores[1]["fingerprint"]
     given = {
         "messages": CHAT["messages"],
