@@ -99,7 +99,7 @@ def scorers():
     return found
 
 
-def wait_until(condition, seconds):
+def wait_until(condition, seconds=START_SECONDS):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not so after {seconds} s"

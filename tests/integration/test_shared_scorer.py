@@ -13,8 +13,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+from live_scorer import START_SECONDS, wait_until
 
-START_SECONDS = 90
 PROMPT, ANSWER = [1, 5, 9], [7, 2]
 
 
@@ -60,13 +60,6 @@ class ApiServer:
     def kill(self):
         self._process.kill()
         self._process.wait()
-
-
-def wait_until(condition, seconds=START_SECONDS):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not so after {seconds} s"
-        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
